@@ -1,0 +1,38 @@
+# Everything sets itself up: each target works alone on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test lint bench clean
+
+venv: $(STAMP)
+
+# torch first and by its exact pin: elsewhere a looser one would bring gigabytes of CUDA packages.
+$(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*/*.cpp)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 triton==3.7.1
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		setuptools wheel build cmake ninja ruff clang-format mypy pre-commit types-tqdm
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --no-build-isolation -e ".[model,test]"
+	touch $@
+
+demo: venv
+	$(BIN)/kimi-ops doctor
+
+# ARGS="--full" runs the full grid, ARGS="tests/test_mla_decode.py" one file.
+test: venv
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python -m pytest bench --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kimi_ops/_lib

@@ -1,0 +1,1 @@
+"""CUDA C++ and CPU sources, shipped as package data."""

@@ -1,0 +1,1 @@
+"""Launchers of the CPU kernels in `csrc/cpu/`, one module per op."""

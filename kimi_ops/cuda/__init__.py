@@ -1,0 +1,1 @@
+"""Launchers of the CUDA C++ kernels in `csrc/cuda/`, one module per op."""

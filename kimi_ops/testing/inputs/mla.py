@@ -1,0 +1,224 @@
+"""Inputs of the attention ops of the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_ops.testing.inputs import DTYPE_NAMES, add, normal, strided
+
+_SCALE = 0.1446796  # of Kimi K2.5: 192**-0.5 times the square of the YaRN factor
+_INT32_MAX = 2**31 - 1
+_ABSURD_PAGES = (-1, _INT32_MAX, -(2**31), 10**6)
+BF16 = torch.bfloat16
+
+
+def inv_freq(rope: int) -> Tensor:
+    """``[R/2]`` float32 frequencies, from 1 radian per position down."""
+    exponent = torch.arange(0, rope, 2, dtype=torch.float64) / max(rope, 1)
+    return (50000.0**-exponent).float()
+
+
+def positions(generator: torch.Generator, tokens: int) -> Tensor:
+    """``[T]`` int32 over the whole context, both ends of it included."""
+    at = torch.randint(0, 262144, (tokens,), generator=generator, dtype=torch.int32)
+    at[:1], at[1:2] = 262143, 0
+    return at
+
+
+def mla_latent_write(
+    generator: torch.Generator,
+    tokens: int,
+    widths: tuple[int, int, int] = (1536, 512, 64),
+    page: int = 64,
+    dtype: torch.dtype = BF16,
+    wide: bool = False,
+) -> tuple[Any, ...]:
+    """Shuffled slots, some of them -1, absurd or past the end; the cache full of NaN."""
+    q, c, r = widths
+    pages = tokens // page + 3
+    qkv_a = normal(generator, tokens, q + c + r, dtype=dtype)
+    slots = torch.randperm(pages * page, generator=generator)[:tokens]
+    if tokens > 4:
+        slots[1], slots[3], slots[4] = -1, pages * page, -7
+    cache = torch.full((pages, page, c + r), torch.nan, dtype=dtype)
+    cache[0] = 3.0
+    return (
+        strided(qkv_a) if wide else qkv_a,
+        normal(generator, q, dtype=dtype),
+        normal(generator, c, dtype=dtype),
+        positions(generator, tokens),
+        inv_freq(r),
+        slots if wide else slots.int(),
+        cache,
+        1e-5,
+    )
+
+
+def mla_absorb_query(
+    generator: torch.Generator,
+    tokens: int,
+    heads: int,
+    widths: tuple[int, int, int] = (128, 64, 512),
+    dtype: torch.dtype = BF16,
+) -> tuple[Any, ...]:
+    """Queries as a slice of wider rows, the weight as the key rows of ``kv_b_proj``."""
+    n, r, c = widths
+    kv_b = normal(generator, heads, n + 2, c, dtype=dtype, std=n**-0.5)
+    q = strided(normal(generator, tokens, heads, n + r, dtype=dtype))
+    return q, kv_b[:, :n], positions(generator, tokens).long(), inv_freq(r)
+
+
+def mla_decode(
+    generator: torch.Generator,
+    lengths: tuple[int, ...],
+    heads: int,
+    new: int = 1,
+    page: int = 64,
+    widths: tuple[int, int] = (512, 64),
+    dtype: torch.dtype = BF16,
+    large: bool = False,
+    lost: bool = False,
+) -> tuple[Any, ...]:
+    """Sequences in shuffled pages; NaN past each length, absurd ids past each last page.
+
+    ``large`` makes scores of several hundred, where a softmax without its maximum overflows;
+    ``lost`` puts an absurd id into the used part of the last sequence's table.
+    """
+    c, r = widths
+    batch = len(lengths)
+    max_pages = max(1, *((n + page - 1) // page for n in lengths)) + 2
+    cache = torch.full((batch * max_pages + 1, page, c + r), torch.nan, dtype=dtype)
+    ids = torch.randperm(len(cache), generator=generator).tolist()
+    table = torch.tensor(_ABSURD_PAGES * (batch * max_pages), dtype=torch.int32)
+    table = table[: batch * max_pages].view(batch, max_pages).clone()
+    for b, length in enumerate(lengths):
+        for first in range(0, max(length, 0), page):
+            table[b, first // page] = ids.pop()
+            count = min(page, length - first)
+            values = normal(generator, count, c + r, dtype=dtype, std=4.0 if large else 1.0)
+            cache[table[b, first // page], :count] = values
+    if lost:
+        table[-1, 0] = len(cache)
+    q = normal(generator, batch, new, heads, c + r, dtype=dtype, std=4.0 if large else 0.25)
+    return q, cache, table, torch.tensor(lengths, dtype=torch.int32), _SCALE, c
+
+
+def mla_project_value(
+    generator: torch.Generator,
+    tokens: int,
+    heads: int,
+    widths: tuple[int, int] = (128, 512),
+    dtype: torch.dtype = BF16,
+) -> tuple[Any, ...]:
+    """The weight as the value rows of ``kv_b_proj``."""
+    v, c = widths
+    kv_b = normal(generator, heads, v + 3, c, dtype=dtype, std=c**-0.5)
+    return normal(generator, tokens, heads, c, dtype=dtype), kv_b[:, 3:]
+
+
+def mla_prefill(
+    generator: torch.Generator,
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    heads: int,
+    widths: tuple[int, int] = (192, 128),
+    dtype: torch.dtype = BF16,
+    causal: bool = True,
+    padding: int = 0,
+) -> tuple[Any, ...]:
+    """Packed sequences, with ``padding`` rows of NaN behind the last one of each tensor."""
+
+    def packed(lengths: tuple[int, ...], width: int) -> Tensor:
+        x = normal(generator, sum(lengths) + padding, heads, width, dtype=dtype)
+        x[sum(lengths) :] = torch.nan
+        return x
+
+    def offsets(lengths: tuple[int, ...]) -> Tensor:
+        return torch.tensor((0, *lengths)).cumsum(0).int()
+
+    w, v = widths
+    return (
+        packed(queries, w),
+        packed(keys, w),
+        packed(keys, v),
+        offsets(queries),
+        offsets(keys),
+        max(queries),
+        max(keys),
+        w**-0.5,
+        causal,
+    )
+
+
+def merge_attention(
+    generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype = BF16
+) -> tuple[Any, ...]:
+    """Sides without keys (lse -inf, out NaN) on the left, on the right and on both."""
+    out_a, out_b = normal(generator, *shape, dtype=dtype), normal(generator, *shape, dtype=dtype)
+    lse_a = normal(generator, *shape[:-1], dtype=torch.float32, std=30)
+    lse_b = normal(generator, *shape[:-1], dtype=torch.float32, std=30)
+    for rows, sides in ((slice(0, 1), "a"), (slice(1, 2), "b"), (slice(2, 3), "ab")):
+        for side, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
+            if side in sides:
+                out[rows], lse[rows] = torch.nan, -torch.inf
+    return out_a, lse_a, out_b, lse_b
+
+
+for _dtype, _name in DTYPE_NAMES.items():
+    add("mla_latent_write", f"{_name}-9", mla_latent_write, tokens=9, dtype=_dtype)
+    add("mla_absorb_query", f"{_name}-3x8", mla_absorb_query, tokens=3, heads=8, dtype=_dtype)
+    add("mla_decode", f"{_name}-h8", mla_decode, lengths=(65, 0, 130, 1), heads=8, dtype=_dtype)
+    add("mla_project_value", f"{_name}-5x8", mla_project_value, tokens=5, heads=8, dtype=_dtype)
+    add(
+        "mla_prefill",
+        f"{_name}-h2",
+        mla_prefill,
+        queries=(65, 0, 3, 1),
+        keys=(65, 4, 70, 1),
+        heads=2,
+        dtype=_dtype,
+    )
+    add("merge_attention", f"{_name}-17x4", merge_attention, shape=(17, 4, 128), dtype=_dtype)
+
+add("mla_latent_write", "bf16-none", mla_latent_write, tokens=0)
+add("mla_latent_write", "bf16-one", mla_latent_write, tokens=1)
+add("mla_latent_write", "bf16-page-1-strided", mla_latent_write, tokens=33, page=1, wide=True)
+add("mla_latent_write", "bf16-page-7", mla_latent_write, tokens=64, page=7)
+add("mla_latent_write", "bf16-small", mla_latent_write, tokens=65, widths=(96, 32, 16), page=16)
+add("mla_latent_write", "bf16-1024", mla_latent_write, tokens=1024, full=True)
+add("mla_absorb_query", "bf16-none", mla_absorb_query, tokens=0, heads=4)
+add("mla_absorb_query", "bf16-1x64", mla_absorb_query, tokens=1, heads=64)
+add("mla_absorb_query", "bf16-17x3", mla_absorb_query, tokens=17, heads=3)
+add("mla_absorb_query", "bf16-small", mla_absorb_query, tokens=5, heads=4, widths=(16, 8, 32))
+add("mla_absorb_query", "bf16-65x64", mla_absorb_query, tokens=65, heads=64, full=True)
+add("mla_decode", "bf16-h64", mla_decode, lengths=(1025, 64), heads=64)
+add("mla_decode", "bf16-h1", mla_decode, lengths=(63,), heads=1)
+add("mla_decode", "bf16-h16-s4", mla_decode, lengths=(200, 4, 3, 2, 0), heads=16, new=4)
+add("mla_decode", "bf16-h32-s2-page-16", mla_decode, lengths=(129, 17), heads=32, new=2, page=16)
+add("mla_decode", "bf16-h5-page-1", mla_decode, lengths=(33, 2), heads=5, page=1)
+add("mla_decode", "bf16-h8-page-7-s16", mla_decode, lengths=(50, 16), heads=8, page=7, new=16)
+add("mla_decode", "bf16-large-scores", mla_decode, lengths=(300,), heads=8, large=True)
+add("mla_decode", "bf16-lost-page", mla_decode, lengths=(70, 70), heads=8, lost=True)
+add("mla_decode", "bf16-negative-length", mla_decode, lengths=(-3, 5), heads=8)
+add("mla_decode", "bf16-small", mla_decode, lengths=(40, 9), heads=4, widths=(32, 16), page=8)
+add("mla_decode", "bf16-none", mla_decode, lengths=(0,), heads=8)
+add("mla_decode", "bf16-h128", mla_decode, lengths=(4097,), heads=128, full=True)
+add("mla_decode", "bf16-h64-32k", mla_decode, lengths=(32768,), heads=64, full=True)
+add("mla_project_value", "bf16-none", mla_project_value, tokens=0, heads=4)
+add("mla_project_value", "bf16-1x64", mla_project_value, tokens=1, heads=64)
+add("mla_project_value", "bf16-17x3", mla_project_value, tokens=17, heads=3)
+add("mla_project_value", "bf16-small", mla_project_value, tokens=5, heads=4, widths=(16, 32))
+add("mla_project_value", "bf16-65x64", mla_project_value, tokens=65, heads=64, full=True)
+_P = mla_prefill
+add("mla_prefill", "bf16-longer-keys", _P, queries=(5, 64), keys=(200, 64), heads=3)
+add("mla_prefill", "bf16-longer-queries", _P, queries=(40,), keys=(7,), heads=2)
+add("mla_prefill", "bf16-all-keys", _P, queries=(5, 64), keys=(127, 65), heads=2, causal=False)
+add("mla_prefill", "bf16-padding", _P, queries=(33,), keys=(33,), heads=2, padding=31)
+add("mla_prefill", "bf16-empty", _P, queries=(0,), keys=(0,), heads=2)
+add("mla_prefill", "bf16-small", _P, queries=(9, 20), keys=(9, 31), heads=4, widths=(24, 16))
+add("mla_prefill", "bf16-h64", _P, queries=(129,), keys=(257,), heads=64, full=True)
+add("merge_attention", "bf16-3d", merge_attention, shape=(5, 129, 64))
+add("merge_attention", "bf16-one", merge_attention, shape=(4, 1))

@@ -1,0 +1,91 @@
+"""Maps `kernels/` and `csrc/` into the package and builds the CPU library with CMake and ninja.
+
+Without a C++ compiler the package installs all the same, as pure Python (``kimi-ops doctor`` says
+that the CPU backend is missing). The environment variable ``KIMI_OPS_NATIVE`` decides otherwise:
+``0`` never builds, ``1`` fails where nothing can be built.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Distribution, Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+LIBRARY = "kimi_ops/_lib/libkimi_ops_cpu.so"
+
+
+def builds_native() -> bool:
+    wish = os.environ.get("KIMI_OPS_NATIVE", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise ValueError(f"KIMI_OPS_NATIVE must be 0, 1 or auto, got {wish!r}")
+    compiler = os.environ.get("CXX", "").split() or ["c++", "g++", "clang++"]
+    tools = {"a C++ compiler": any(map(shutil.which, compiler)), "cmake": shutil.which("cmake")}
+    missing = [name for name, found in tools.items() if not found]
+    if wish == "1" and missing:
+        raise RuntimeError(f"KIMI_OPS_NATIVE=1, but there is no {' and no '.join(missing)}")
+    return wish != "0" and not missing
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake in the build folder and puts the library where the package looks for it."""
+
+    def run(self) -> None:
+        build = Path(self.build_temp).absolute()
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+        target = (ROOT if self.inplace else Path(self.build_lib)) / LIBRARY
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: a process that has the old library open keeps the old file.
+        shutil.copy2(build / target.name, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / LIBRARY)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {str(Path(self.build_lib) / LIBRARY): LIBRARY} if self.editable_mode else {}
+
+
+class PlatformWheel(bdist_wheel):
+    """A C ABI library ties the wheel to the platform, but to no version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform if NATIVE else "any"
+
+
+class NativeDistribution(Distribution):
+    """A distribution whose wheel is for one platform if it holds the library."""
+
+    def has_ext_modules(self) -> bool:
+        return NATIVE
+
+
+NATIVE = builds_native()
+
+setup(
+    distclass=NativeDistribution,
+    ext_modules=[Extension("kimi_ops._lib.libkimi_ops_cpu", sources=[])] if NATIVE else [],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    packages=[
+        *find_packages(include=["kimi_ops", "kimi_ops.*"]),
+        "kimi_ops.kernels",
+        "kimi_ops.csrc",
+    ],
+    package_dir={"kimi_ops": "kimi_ops", "kimi_ops.kernels": "kernels", "kimi_ops.csrc": "csrc"},
+    package_data={
+        "kimi_ops": ["py.typed"],
+        "kimi_ops.model": ["configs/*.json", "*.jinja"],
+        "kimi_ops.csrc": ["*.h", "cpu/**/*", "cuda/**/*"],
+    },
+    include_package_data=False,
+)

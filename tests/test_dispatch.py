@@ -1,0 +1,232 @@
+"""Who runs a call: explicit choices, reasons, the environment, cold imports, outside backends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kimi_ops
+from kimi_ops._dispatch import _OPS, parse_choice
+
+X, W = torch.ones(2, 4), torch.ones(4)
+
+
+@pytest.fixture
+def registered():
+    """Registers backends of `rms_norm` for one test."""
+    loaded = _OPS["rms_norm"]._loaded
+    before = dict(loaded)
+
+    def register(name, launch, unsupported=lambda *args: None):
+        module = SimpleNamespace(launch=launch, unsupported=unsupported)
+        kimi_ops.register_backend("rms_norm", name, module)
+
+    yield register
+    loaded.clear()
+    loaded.update(before)
+
+
+def _python(code, **environment):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("KIMI_OPS_")} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_every_op_resolves_to_something_on_the_cpu():
+    for op in kimi_ops.op_names():
+        assert kimi_ops.explain(op).chosen in ("cpu", "reference")
+
+
+def test_a_backend_from_outside_runs_when_named(registered):
+    registered("mine", lambda y, x, weight, eps: y.fill_(7))
+    with kimi_ops.use_backend(rms_norm="mine"):
+        assert kimi_ops.resolve("rms_norm", X, W, eps=1e-5) == "mine"
+        assert kimi_ops.rms_norm(X, W, 1e-5).eq(7).all()
+        with kimi_ops.use_backend(rms_norm="auto"):
+            assert kimi_ops.resolve("rms_norm", X, W, 1e-5) != "mine"
+    assert kimi_ops.rms_norm(X, W, 1e-5).ne(7).all()
+
+
+def test_explicit_choice_never_falls_back(registered):
+    registered("mine", lambda *args: None, unsupported=lambda *args: "only on Sundays")
+    with (
+        kimi_ops.use_backend("rms_norm=mine"),
+        pytest.raises(
+            kimi_ops.BackendError,
+            match="rms_norm: backend 'mine' was chosen explicitly but cannot run: only on Sundays",
+        ),
+    ):
+        kimi_ops.rms_norm(X, W, 1e-5)
+
+
+def test_absent_kernel_says_so_and_how_to_get_it():
+    code = """
+import sys
+sys.modules["triton"] = None
+sys.modules["cupy"] = None
+import torch, kimi_ops
+from kimi_ops import _dispatch
+_dispatch.has_kernel = lambda op, backend: True
+for name in ("triton", "cuda"):
+    try:
+        with kimi_ops.use_backend(rms_norm=name):
+            kimi_ops.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-5)
+    except kimi_ops.BackendError as error:
+        print(error)
+"""
+    result = _python(code)
+    assert result.returncode == 0, result.stderr
+    assert "cannot run: triton is not installed: pip install 'triton>=3.4'" in result.stdout
+    assert "cannot run: cupy is not installed: pip install cupy-cuda13x" in result.stdout
+
+
+def test_failure_of_a_kernel_is_not_a_reason_to_fall_back(registered, monkeypatch):
+    def launch(*args):
+        raise ZeroDivisionError("kernel failed")
+
+    broken = SimpleNamespace(launch=launch, unsupported=lambda *args: None)
+    monkeypatch.setitem(
+        _OPS["rms_norm"]._automatic, "cpu", (broken, _OPS["rms_norm"].load("reference"))
+    )
+    with pytest.raises(ZeroDivisionError, match="kernel failed"):
+        kimi_ops.rms_norm(X, W, 1e-5)
+
+
+def test_automatic_choice_skips_on_a_declared_reason_alone(monkeypatch):
+    shy = SimpleNamespace(launch=None, unsupported=lambda *args: "float32 only in winter")
+    op = _OPS["rms_norm"]
+    monkeypatch.setitem(op._automatic, "cpu", (shy, op.load("reference")))
+    assert kimi_ops.rms_norm(X, W, 1e-5).isfinite().all()
+    monkeypatch.setitem(op._automatic, "cpu", (shy,))
+    with pytest.raises(kimi_ops.BackendError, match="rms_norm: no backend can run this call"):
+        kimi_ops.rms_norm(X, W, 1e-5)
+
+
+def test_choice_is_of_one_thread():
+    seen = []
+    with kimi_ops.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(_explicit()))
+        thread.start()
+        thread.join()
+        assert _explicit() == {"*": "reference"}
+    assert seen == [None]
+
+
+def _explicit():
+    from kimi_ops._dispatch import _CHOICE
+
+    return _CHOICE.get()
+
+
+def test_choices_nest():
+    with kimi_ops.use_backend("mla_decode=triton,*=reference"):
+        with kimi_ops.use_backend(rms_norm="cuda"):
+            assert dict(_explicit()) == {
+                "mla_decode": "triton",
+                "*": "reference",
+                "rms_norm": "cuda",
+            }
+        with kimi_ops.use_backend("auto"):
+            assert dict(_explicit()) == {"*": "auto"}
+            assert kimi_ops.rms_norm(X, W, 1e-5).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "unknown backend 'nonsense'"),
+        ("mla_decod=triton", "unknown op 'mla_decod'; there are add_rms_norm, int4_lin"),
+        ("mla_decode=tritn", "unknown backend 'tritn' for mla_decode"),
+        ("mla_decode=", "unknown backend ''"),
+    ],
+)
+def test_misspelt_choice(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_choice(text)
+    code = "import torch, kimi_ops; kimi_ops.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-5)"
+    result = _python(code, KIMI_OPS_BACKEND=text)
+    assert result.returncode != 0
+    assert f"KIMI_OPS_BACKEND: {message}" in result.stderr
+
+
+def test_environment_chooses():
+    code = """
+import torch, kimi_ops
+args = torch.ones(1, 4), torch.ones(4), 1e-5
+print(kimi_ops.resolve("rms_norm", *args))
+try:
+    kimi_ops.silu_mul(torch.ones(2))
+except kimi_ops.BackendError as error:
+    print(error)
+with kimi_ops.use_backend(silu_mul="auto"):
+    print(kimi_ops.silu_mul(torch.ones(2)).shape)
+"""
+    environment = "silu_mul=cuda, *=reference"
+    result = _python(code, KIMI_OPS_BACKEND=environment)
+    assert result.returncode == 0, result.stderr
+    first, second, third = result.stdout.splitlines()
+    assert first == "reference"
+    assert second.startswith("silu_mul: backend 'cuda' was chosen explicitly but cannot run: ")
+    assert third == "torch.Size([1])"
+
+
+def test_cold_import_needs_torch_alone():
+    code = """
+import sys
+for name in ("triton", "cupy", "numba", "transformers", "rich", "safetensors"):
+    sys.modules[name] = None
+import torch
+before = set(sys.modules)
+import kimi_ops
+args = torch.ones(1, 4), torch.ones(4), 1e-5
+kimi_ops.rms_norm(*args)
+assert "kimi_ops.kernels" not in sys.modules
+new = sorted({n.split(".")[0] for n in set(sys.modules) - before})
+print(new)
+"""
+    result = _python(code)
+    assert result.returncode == 0, result.stderr
+    third_party = set(eval(result.stdout)) - set(sys.stdlib_module_names)
+    assert third_party == {"kimi_ops"}
+
+
+def test_explain_names_every_backend(registered):
+    registered("mine", lambda *args: None, unsupported=lambda *args: "asleep")
+    explanation = kimi_ops.explain(kimi_ops.rms_norm, X, W, 1e-5)
+    assert {name for name, _ in explanation.reasons} >= {
+        "reference",
+        "cpu",
+        "triton",
+        "cuda",
+        "mine",
+    }
+    assert dict(explanation.reasons)["mine"] == "asleep"
+    assert f"rms_norm on cpu: {explanation.chosen}" in str(explanation)
+    assert "mine: asleep" in str(explanation)
+
+
+def test_explain_checks_the_call():
+    with pytest.raises(ValueError, match="rms_norm: weight must be"):
+        kimi_ops.explain("rms_norm", X, torch.ones(5), 1e-5)
+    with pytest.raises(TypeError, match="rms_norm: unexpected argument 'epsilon'"):
+        kimi_ops.explain("rms_norm", X, W, epsilon=1e-5)
+
+
+def test_what_is_not_a_backend_is_refused():
+    with pytest.raises(TypeError, match="is not a backend: it lacks unsupported and launch"):
+        kimi_ops.register_backend("rms_norm", "mine", SimpleNamespace())
+    with pytest.raises(ValueError, match="backend name 'triton' is taken"):
+        kimi_ops.register_backend("rms_norm", "triton", SimpleNamespace())
+
+
+def test_gradient_through_an_op_without_backward_is_not_silent():
+    x = torch.ones(2, 4, requires_grad=True)
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        kimi_ops.rms_norm(x, W, 1e-5).sum().backward()

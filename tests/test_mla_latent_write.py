@@ -1,0 +1,65 @@
+"""`mla_latent_write`: every backend against the oracle, the oracle token by token and against
+transformers' rotary embedding."""
+
+from __future__ import annotations
+
+import torch
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+
+from kimi_ops.reference._rotate import rope
+from kimi_ops.reference.mla_latent_write import mla_latent_write
+from kimi_ops.testing import cases, check_op
+
+OP = "mla_latent_write"
+
+
+def test_matches_oracle(backend, case):
+    check_op(OP, case.args(), backend)
+
+
+def test_oracle_token_by_token():
+    case = next(c for c in cases(OP) if c.name == "bf16-page-7")
+    args = [a.double() if getattr(a, "is_floating_point", bool)() else a for a in case.args()]
+    qkv_a, q_weight, kv_weight, positions, inv_freq, slots, cache, eps = args
+    expected = cache.clone()
+    q_a = mla_latent_write(*args)
+    for t, slot in enumerate(slots.tolist()):
+        q, c, k = qkv_a[t].split((1536, 512, 64))
+        if slot == -1 or 0 <= slot < cache.shape[0] * cache.shape[1]:
+            q = q * (q.square().mean() + eps) ** -0.5 * q_weight
+            torch.testing.assert_close(q_a[t], q)
+        else:
+            assert q_a[t].isnan().all()
+            continue
+        if slot == -1:
+            continue
+        turned = torch.view_as_complex(k.view(32, 2).contiguous())
+        turned = turned * torch.polar(torch.ones(32).double(), positions[t] * inv_freq)
+        c = c * (c.square().mean() + eps) ** -0.5 * kv_weight
+        entry = torch.cat((c, torch.view_as_real(turned).flatten()))
+        expected[slot // cache.shape[1], slot % cache.shape[1]] = entry
+    torch.testing.assert_close(cache, expected, equal_nan=True)
+
+
+def test_rope_is_transformers_up_to_the_order_of_pairs():
+    x, positions = torch.randn(7, 3, 64).double(), torch.randint(0, 5000, (7,))
+    inv_freq = 50000.0 ** (-torch.arange(0, 64, 2) / 64.0)
+    angle = positions[:, None].double() * inv_freq.double()
+    cos, sin = (f(torch.cat((angle, angle), -1))[None] for f in (torch.cos, torch.sin))
+    theirs, _ = apply_rotary_pos_emb_interleave(
+        x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin
+    )
+    theirs = theirs[0].transpose(0, 1)  # all first halves of the pairs, then all second ones
+    ours = rope(x, positions, inv_freq)
+    torch.testing.assert_close(ours[..., 0::2], theirs[..., :32])
+    torch.testing.assert_close(ours[..., 1::2], theirs[..., 32:])
+
+
+def test_angles_are_not_rounded_to_the_activations_dtype():
+    # In bfloat16 position 262,143 would be 262,144: one radian off.
+    x = torch.tensor([[1.0, 0.0]]).bfloat16()
+    y = rope(x, torch.tensor([262143]), torch.ones(1))
+    expected = torch.tensor([262143.0]).double()
+    torch.testing.assert_close(
+        y[0].double(), torch.cat((expected.cos(), expected.sin())), atol=2**-8, rtol=2**-8
+    )
