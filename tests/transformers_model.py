@@ -46,37 +46,18 @@ def _config(config: KimiK25Config) -> Kimi_K25Config:
             "mscale_all_dim": scaling.mscale_all_dim,
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
-    same = [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "moe_intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "n_shared_experts",
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "n_group",
-        "topk_group",
-        "first_k_dense_replace",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        "routed_scaling_factor",
-        "norm_topk_prob",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "hidden_act",
-        "attention_bias",
-    ]
+    same = """
+        vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers
+        num_attention_heads num_key_value_heads n_shared_experts n_routed_experts
+        num_experts_per_tok n_group topk_group first_k_dense_replace q_lora_rank kv_lora_rank
+        qk_nope_head_dim qk_rope_head_dim v_head_dim routed_scaling_factor norm_topk_prob
+        rms_norm_eps max_position_embeddings hidden_act attention_bias
+    """
     their_text = DeepseekV3Config(
         rope_parameters=rope,
         tie_word_embeddings=False,
         attn_implementation="eager",
-        **{name: getattr(text, name) for name in same},
+        **{name: getattr(text, name) for name in same.split()},
     )
     their_vision = Kimi_K25VisionConfig(
         patch_size=vision.patch_size,

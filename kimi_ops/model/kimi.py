@@ -211,12 +211,12 @@ class KimiK25(nn.Module):
         media = self._media(pixel_values, grid_thws)
         x = self.embed(input_ids.flatten(), media)
         if input_ids.numel() == 0:
-            return self.language.logits(x).view(batch, tokens, -1)
+            return self.language.logits(x).unflatten(0, (batch, tokens))
         page_size = 64
         cache = self.new_cache(num_pages=batch * -(-tokens // page_size), page_size=page_size)
         step = cache.extend([cache.add_sequence() for _ in range(batch)], [tokens] * batch)
         hidden = self.hidden_states(x, step, cache)
-        return self.language.logits(hidden).view(batch, tokens, -1)
+        return self.language.logits(hidden).unflatten(0, (batch, tokens))
 
     def _media(self, pixel_values: Tensor | None, grid_thws: Tensor | None) -> Tensor | None:
         if (pixel_values is None) != (grid_thws is None):
