@@ -208,15 +208,16 @@ class KimiK25(nn.Module):
                 f"input_ids must be [B, T] integers, got {list(input_ids.shape)} {input_ids.dtype}"
             )
         batch, tokens = input_ids.shape
+        vocabulary = self.config.text_config.vocab_size
         media = self._media(pixel_values, grid_thws)
         x = self.embed(input_ids.flatten(), media)
         if input_ids.numel() == 0:
-            return self.language.logits(x).unflatten(0, (batch, tokens))
+            return self.language.logits(x).view(batch, tokens, vocabulary)
         page_size = 64
         cache = self.new_cache(num_pages=batch * -(-tokens // page_size), page_size=page_size)
         step = cache.extend([cache.add_sequence() for _ in range(batch)], [tokens] * batch)
         hidden = self.hidden_states(x, step, cache)
-        return self.language.logits(hidden).unflatten(0, (batch, tokens))
+        return self.language.logits(hidden).view(batch, tokens, vocabulary)
 
     def _media(self, pixel_values: Tensor | None, grid_thws: Tensor | None) -> Tensor | None:
         if (pixel_values is None) != (grid_thws is None):
