@@ -11,12 +11,12 @@ _GROUP = 32
 def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``[..., N, K/8]`` int32 and ``[..., N, K/32]`` to ``[..., N, K]`` in ``dtype``.
 
-    Column c is nibble ``c % 8`` (lowest first) of word ``c // 8``, stored plus 8; its scale is
-    that of group ``c // 32``. A nibble times a bfloat16 scale is exact in float32, so the one
-    rounding is that to ``dtype``.
+    Column c is nibble ``c % 8`` (lowest first) of word ``c // 8``, stored plus 8; in bytes, the low
+    half of byte ``c // 2`` for even c and its high half for odd c. Its scale is that of group
+    ``c // 32``. The product is taken in the wider of the two dtypes and rounded once.
     """
-    shift = torch.arange(0, 32, 4, device=packed.device, dtype=torch.int32)
-    nibble = ((packed[..., None] >> shift) & 0xF) - 8
-    grouped = nibble.view(*packed.shape[:-1], -1, _GROUP)
-    wide = torch.promote_types(torch.promote_types(dtype, scale.dtype), torch.float32)
-    return (grouped.to(wide) * scale.to(wide)[..., None]).flatten(-2).to(dtype)
+    octets = packed.contiguous().view(torch.uint8)
+    nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1).flatten(-2)
+    wide = torch.promote_types(dtype, scale.dtype)
+    q = nibbles.to(wide).sub_(8).view(*scale.shape, _GROUP)
+    return q.mul_(scale.to(wide)[..., None]).flatten(-2).to(dtype)
