@@ -15,6 +15,7 @@ from pathlib import Path
 from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 LIBRARY = "kimi_ops/_lib/libkimi_ops_cpu.so"
@@ -37,9 +38,12 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         build = Path(self.build_temp).absolute()
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        # --fresh: what an earlier build remembers (the ninja of its own temporary environment, for
+        # one) may be gone.
+        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build)]
+        configure.append("-DCMAKE_BUILD_TYPE=Release")
+        if ninja := shutil.which("ninja"):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
         target = (ROOT if self.inplace else Path(self.build_lib)) / LIBRARY
@@ -53,6 +57,15 @@ class CMakeBuild(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {str(Path(self.build_lib) / LIBRARY): LIBRARY} if self.editable_mode else {}
+
+
+class CleanBuild(build_py):
+    """Starts from nothing, so that a file deleted from the sources is not in the next wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "kimi_ops", ignore_errors=True)
+        super().run()
 
 
 class PlatformWheel(bdist_wheel):
@@ -75,7 +88,7 @@ NATIVE = builds_native()
 setup(
     distclass=NativeDistribution,
     ext_modules=[Extension("kimi_ops._lib.libkimi_ops_cpu", sources=[])] if NATIVE else [],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuild, "bdist_wheel": PlatformWheel},
     packages=[
         *find_packages(include=["kimi_ops", "kimi_ops.*"]),
         "kimi_ops.kernels",

@@ -21,7 +21,7 @@ Notation of a tensor argument: ``[optional] [dim, dim, ...] dtypes``.
   ``...`` in first place is any number of leading dims, the same ones in every argument.
 - dtypes: ``float`` (bfloat16, float16, float32, float64), ``int`` (int32, int64), ``like NAME``
   (the dtype of an earlier argument), or dtype names joined by ``|``.
-- Every tensor must be on the device of the first one.
+- Every tensor must be on the device of the first one; a written one must not overlap itself.
 
 Any other key is a rule: a Python condition over letters and arguments, checked as soon as all of
 them are known. Only metadata is read: no check ever waits for a device.
@@ -105,8 +105,15 @@ def _solve(node: ast.expr, value: str, unknown: str) -> tuple[str, list[str]]:
 class Checks:
     """The checks of one op: `run(*args)` returns None or raises a ValueError or TypeError."""
 
-    def __init__(self, op: str, params: Sequence[str], checks: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        op: str,
+        params: Sequence[str],
+        checks: Mapping[str, str],
+        written: Sequence[str] = (),
+    ) -> None:
         self.op = op
+        self.written = set(written)
         self.params = tuple(params)
         self.tensors = {k: _TensorSpec(k, v) for k, v in checks.items() if _TENSOR.match(v)}
         self.rules = {k: v for k, v in checks.items() if k not in self.tensors}
@@ -120,6 +127,8 @@ class Checks:
         namespace: dict[str, Any] = {
             "_fail_tensor": self._fail_tensor,
             "_fail_rule": self._fail_rule,
+            "_fail_overlap": self._fail_overlap,
+            "_holds": _holds,
             **{f"_{spec.name}_dtypes": frozenset(spec.dtypes) for spec in self.tensors.values()},
         }
         exec(compile(self.source, filename, "exec"), namespace)
@@ -190,6 +199,8 @@ class Checks:
                     lines.append(f"{dim} = {value}")
         fail = f"    _fail_tensor({name!r}, locals())"
         head = [f"{name}_shape = {name}.shape", f"if {' or '.join(conditions)}:", fail]
+        if name in self.written:
+            head += [f"if 0 in {name}.stride():", f"    _fail_overlap({name!r}, {name})"]
         return head + lines + ([f"if {' or '.join(equal)}:", fail] if equal else [])
 
     def _expression(self, spec: _TensorSpec, dim: str, value: str) -> list[str]:
@@ -225,7 +236,10 @@ class Checks:
         lines = []
         for key, rule in ready.items():
             del rules[key]
-            lines += [f"if not ({rule}):", f"    _fail_rule({key!r}, locals())"]
+            # A rule on numbers alone may meet one that a trace does not know yet.
+            numbers = set(_letters(rule)) <= set(self.params) - set(self.tensors)
+            condition = f"_holds({rule})" if numbers else f"({rule})"
+            lines += [f"if not {condition}:", f"    _fail_rule({key!r}, locals())"]
         return lines
 
     def _fail_tensor(self, name: str, env: Mapping[str, Any]) -> NoReturn:
@@ -251,10 +265,25 @@ class Checks:
         where = f" with {where}" if where else ""
         raise ValueError(f"{self.op}: {name} must be {expected}{where}, got {got}")
 
+    def _fail_overlap(self, name: str, tensor: torch.Tensor) -> None:
+        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(
+                f"{self.op}: {name} is written and must not overlap itself, "
+                f"got {list(tensor.shape)} with strides {list(tensor.stride())}"
+            )
+
     def _fail_rule(self, key: str, env: Mapping[str, Any]) -> NoReturn:
         rule = self.rules[key]
         got = ", ".join(f"{n} = {_plain(env[n])}" for n in _letters(rule) if n in env)
         raise ValueError(f"{self.op}: {key} must satisfy {rule}, got {got}")
+
+
+def _holds(condition: Any) -> bool:
+    """A rule's truth; under tracing, one that depends on the data becomes a check at run time."""
+    if isinstance(condition, torch.SymBool):
+        torch._check(condition)
+        return True
+    return bool(condition)
 
 
 def _plain(value: Any) -> Any:

@@ -71,8 +71,9 @@ class Op:
         self.mutates = tuple(
             a.name for a in parsed.arguments if a.alias_info and a.alias_info.is_write
         )
+        self.required = {a.name for a in parsed.arguments if not a.has_default_value()}
         self.defaults = tuple(a.default_value for a in parsed.arguments)
-        self.checks = Checks(self.name, self.params, checks)
+        self.checks = Checks(self.name, self.params, checks, written=self.mutates)
         self.outputs = outputs
         self._device_arg = self.params.index(next(iter(self.checks.tensors)))
         self._loaded: dict[str, Backend | str] = {}
@@ -93,14 +94,19 @@ class Op:
 
     def bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """All arguments of a call in the order of the schema, defaults filled in."""
-        if unknown := [name for name in named if name not in self.params[len(args) :]]:
+        rest = self.params[len(args) :]
+        if unknown := [name for name in named if name not in rest]:
             raise TypeError(f"{self.name}: unexpected argument {unknown[0]!r}")
-        rest = zip(self.params[len(args) :], self.defaults[len(args) :], strict=True)
-        return args + tuple(named.get(name, default) for name, default in rest)
+        if missing := [name for name in rest if name in self.required and name not in named]:
+            raise TypeError(f"{self.name}: missing argument {missing[0]!r}")
+        defaults = zip(rest, self.defaults[len(args) :], strict=True)
+        return args + tuple(named.get(name, default) for name, default in defaults)
 
     def _fake(self, *args: Any) -> Any:
         args = self._complete(args)
         self.checks.run(*args)
+        if torch.is_grad_enabled():
+            self._refuse_gradients(args)
         return self.outputs(*args)
 
     def _run(self, *args: Any) -> Any:
@@ -108,18 +114,35 @@ class Op:
         if len(args) != len(self.params):
             args = self._complete(args)
         self.checks.run(*args)
+        if torch.is_grad_enabled():
+            self._refuse_gradients(args)
+        device = args[self._device_arg].device.type
+        if torch.is_autocast_enabled(device):
+            # The contract's dtypes hold inside autocast too: a float32 router stays one.
+            with torch.autocast(device, enabled=False):
+                return self._run(*args)
         choice = _choice()
-        backend = self._choose(choice, args) if choice else self._automatically(args)
+        name = self._chosen_name(choice) if choice else None
+        backend = self._explicit(name, args) if name else self._automatically(device, args)
         outputs = self.outputs(*args)
         backend.launch(outputs, *args)
         return outputs
 
-    def _choose(self, choice: Mapping[str, str], args: tuple[Any, ...]) -> Backend:
-        name = choice.get(self.name) or choice.get("*") or "auto"
-        return self._automatically(args) if name == "auto" else self._explicit(name, args)
+    def _refuse_gradients(self, args: tuple[Any, ...]) -> None:
+        """No op has a backward: a missing or silently wrong gradient becomes an error."""
+        for name, arg in zip(self.params, args, strict=True):
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                raise RuntimeError(
+                    f"{self.name}: {name} requires grad, but the op has no backward; "
+                    "call it under torch.no_grad() or torch.inference_mode()"
+                )
 
-    def _automatically(self, args: tuple[Any, ...]) -> Backend:
-        device = args[self._device_arg].device.type
+    def _chosen_name(self, choice: Mapping[str, str]) -> str | None:
+        """The backend that an explicit choice names for this op, if any."""
+        name = choice.get(self.name) or choice.get("*")
+        return None if name == "auto" else name
+
+    def _automatically(self, device: str, args: tuple[Any, ...]) -> Backend:
         candidates = self._automatic.get(device)
         if candidates is None:
             loaded = [self.load(name) for name in self.order(device)]
@@ -156,6 +179,8 @@ class Op:
     def load(self, name: str) -> Backend | str:
         """The backend's module, or the reason why there is none."""
         if name not in self._loaded:
+            if name not in BACKENDS:
+                return f"no such backend; there are {', '.join(self.known_backends())}"
             self._loaded[name] = _load(self.name, name)
         return self._loaded[name]
 
@@ -165,8 +190,6 @@ class Op:
 
 
 def _load(op: str, backend: str) -> Backend | str:
-    if backend not in _PACKAGE:
-        return f"no such backend; there are {', '.join(BACKENDS)} and registered ones"
     if not has_kernel(op, backend):
         return f"there is no {backend} kernel for {op}"
     if needs := _NEEDS.get(backend):
@@ -309,8 +332,12 @@ def resolve(op: str | Callable[..., Any], *args: Any, **named: Any) -> str:
     o = get_op(op)
     args = o.bind(args, named)
     o.checks.run(*args)
-    chosen = o._choose(_choice(), args)
-    return next(name for name in o.known_backends() if o._loaded.get(name) is chosen)
+    if name := o._chosen_name(_choice()):
+        o._explicit(name, args)
+        return name
+    device = args[o._device_arg].device.type
+    backend = o._automatically(device, args)
+    return next(name for name in o.order(device) if o.load(name) is backend)
 
 
 @dataclass(frozen=True)
@@ -359,9 +386,7 @@ def explain(
     order = o.order(device)
     names = [*order, *(name for name in o.known_backends() if name not in order)]
     reasons = tuple((name, o.why_not(name, call)) for name in names)
-    explicit = choice.get(o.name) or choice.get("*")
-    if explicit in (None, "auto"):
-        chosen = next((n for n, reason in reasons if reason is None and n in order), None)
-    else:
-        chosen = next((n for n, reason in reasons if reason is None and n == explicit), None)
+    explicit = o._chosen_name(choice)
+    eligible = (explicit,) if explicit else order
+    chosen = next((n for n, reason in reasons if reason is None and n in eligible), None)
     return Explanation(o.name, device, chosen, reasons)

@@ -22,7 +22,10 @@ def missing() -> str | None:
             "the CPU library was not built: install a C++20 compiler "
             "and reinstall kimi-ops (`kimi-ops doctor` shows what was found)"
         )
-    found = _open().kimi_abi_version()
+    try:
+        found = _open().kimi_abi_version()
+    except (OSError, AttributeError) as error:  # of another platform, truncated, or not ours
+        return f"the CPU library cannot be loaded ({error}): reinstall kimi-ops"
     if found != ABI_VERSION:
         return f"the CPU library has ABI {found}, this package needs {ABI_VERSION}: reinstall it"
     return None

@@ -169,6 +169,13 @@ def test_nothing_ran_before_the_error(op):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def test_written_argument_that_overlaps_itself():
+    args = _with("vision_rope", "qkv", lambda x: x[:, :, :1].expand(-1, -1, 2, -1))
+    _raises("vision_rope", args, ValueError, "qkv is written and must not overlap itself")
+    args = _with("mla_latent_write", "kv_cache", lambda x: x[:1].expand(4, -1, -1))
+    _raises("mla_latent_write", args, ValueError, "kv_cache is written and must not overlap")
+
+
 def test_not_a_tensor_is_torchs_own_error():
     with pytest.raises(RuntimeError, match=r"rms_norm\(\) Expected a value of type 'Tensor'"):
         kimi_ops.rms_norm([1.0], torch.ones(1), 1e-5)

@@ -217,6 +217,22 @@ def test_explain_checks_the_call():
         kimi_ops.explain("rms_norm", X, torch.ones(5), 1e-5)
     with pytest.raises(TypeError, match="rms_norm: unexpected argument 'epsilon'"):
         kimi_ops.explain("rms_norm", X, W, epsilon=1e-5)
+    with pytest.raises(TypeError, match="rms_norm: missing argument 'weight'"):
+        kimi_ops.explain("rms_norm", X)
+
+
+def test_a_name_asked_about_is_not_thereby_known():
+    assert "no such backend" in _OPS["silu_mul"].why_not("foo", None)
+    with pytest.raises(ValueError, match="unknown backend 'foo'"):
+        parse_choice("silu_mul=foo")
+
+
+def test_resolve_and_explain_agree_on_an_alias(registered):
+    reference = _OPS["rms_norm"].load("reference")
+    kimi_ops.register_backend("rms_norm", "alias", reference)
+    with kimi_ops.use_backend(rms_norm="alias"):
+        assert kimi_ops.resolve("rms_norm", X, W, 1e-5) == "alias"
+        assert kimi_ops.explain("rms_norm", X, W, 1e-5).chosen == "alias"
 
 
 def test_what_is_not_a_backend_is_refused():
@@ -226,7 +242,57 @@ def test_what_is_not_a_backend_is_refused():
         kimi_ops.register_backend("rms_norm", "triton", SimpleNamespace())
 
 
-def test_gradient_through_an_op_without_backward_is_not_silent():
-    x = torch.ones(2, 4, requires_grad=True)
+def _loss(x):
+    return kimi_ops.rms_norm(x, W, 1e-5).sum()
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda x: _loss(x.requires_grad_()).backward(),
+        lambda x: torch.compile(_loss, backend="aot_eager")(x.requires_grad_()).backward(),
+    ],
+    ids=["eager", "compiled"],
+)
+def test_gradient_through_an_op_without_backward_is_an_error(differentiate):
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="rms_norm: x requires grad, but the op has no backward"):
+        differentiate(torch.ones(2, 4))
+
+
+def test_functional_gradient_is_not_silent():
+    """An op cannot see that `torch.func` differentiates; torch itself warns."""
     with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-        kimi_ops.rms_norm(x, W, 1e-5).sum().backward()
+        torch.func.grad(_loss)(torch.ones(2, 4))
+
+
+def test_weights_with_grad_are_fine_where_no_gradient_is_wanted():
+    weight = torch.nn.Parameter(torch.ones(4))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert not kimi_ops.rms_norm(X, weight, 1e-5).requires_grad
+
+
+def test_autocast_does_not_change_an_op():
+    x, gate = torch.randn(64, 512), torch.randn(48, 512) / 20
+    expected = kimi_ops.moe_route(x, gate, torch.zeros(48), 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kimi_ops.moe_route(x, gate, torch.zeros(48), 6)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_library_of_another_platform_is_a_reason(tmp_path, monkeypatch):
+    from kimi_ops import _native
+
+    for content in (b"", b"not a library"):
+        (tmp_path / "broken.so").write_bytes(content)
+        monkeypatch.setattr(_native, "LIBRARY", tmp_path / "broken.so")
+        _native.missing.cache_clear()
+        _native._open.cache_clear()
+        try:
+            assert "the CPU library cannot be loaded" in _native.missing()
+        finally:
+            monkeypatch.undo()
+            _native.missing.cache_clear()
+            _native._open.cache_clear()

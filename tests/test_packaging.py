@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -44,9 +45,9 @@ def _build(kind: str, target: Path, **environment: str) -> Path:
 def _imported(wheel: Path, folder: Path) -> str:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
-    # -P and another folder: what is imported is the wheel, not this checkout.
+    # -I and another folder: what is imported is the wheel, not this checkout.
     result = subprocess.run(
-        [sys.executable, "-P", "-c", PROBE, folder],
+        [sys.executable, "-I", "-c", PROBE, folder],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -84,6 +85,17 @@ def test_wheel_holds_sources_library_and_data(wheel):
 
 def test_wheel_imports_where_it_is_installed(wheel, tmp_path):
     assert _imported(wheel, tmp_path) in ("avx512", "avx2", "scalar")
+
+
+def test_second_wheel_forgets_the_first(wheel, tmp_path):
+    """A file gone from the sources is not in the next wheel; the build tool may have moved."""
+    left = next((ROOT / "build").glob("lib*/kimi_ops")) / "removed_since.py"
+    left.write_text("")
+    (cache,) = (ROOT / "build").glob("temp*/CMakeCache.txt")
+    cache.write_text(re.sub(r"(CMAKE_MAKE_PROGRAM:\w+=).*", r"\1/nowhere/ninja", cache.read_text()))
+    names = zipfile.ZipFile(_build("wheel", tmp_path)).namelist()
+    assert "kimi_ops/removed_since.py" not in names
+    assert "kimi_ops/_lib/libkimi_ops_cpu.so" in names
 
 
 def test_wheel_without_a_compiler_is_pure_python_and_says_so(tmp_path):

@@ -58,7 +58,9 @@ def mla_decode(
 
     Args:
         q_latent: ``[B, S, H, C+R]`` bfloat16, float16, float32 or float64.
-        kv_cache: ``[num_pages, P, C+R]``, dtype of ``q_latent``; any page size P.
+        kv_cache: ``[num_pages, P, C+R]``, dtype of ``q_latent``; any page size P. A NaN or
+            infinity in a new token's entry may reach the S results of its sequence, also those
+            that the causal rule hides it from.
         page_table: ``[B, max_pages]`` int32; token t of sequence b is in page
             ``page_table[b, t // P]``. Entries past a sequence's last page are never followed; one
             in use that is no page of the cache makes all results of its sequence NaN.

@@ -63,9 +63,11 @@ def mla_prefill(
     Args:
         q: ``[T, H, N+R]`` bfloat16, float16, float32 or float64; 192 wide in Kimi K2.5.
         k: ``[L, H, N+R]``, dtype of ``q``.
-        v: ``[L, H, V]``, dtype of ``q``; 128 wide in Kimi K2.5.
-        cu_seqlens_q: ``[B+1]`` int32, ascending offsets, first 0; empty sequences allowed.
-        cu_seqlens_k: ``[B+1]`` int32, likewise.
+        v: ``[L, H, V]``, dtype of ``q``; 128 wide in Kimi K2.5. A NaN or infinity in a key or
+            value may reach every query of its sequence, also those that must not see it.
+        cu_seqlens_q: ``[B+1]`` int32, ascending offsets, first 0, last at most T; empty sequences
+            allowed. Other offsets give undefined numbers.
+        cu_seqlens_k: ``[B+1]`` int32, likewise, last at most L.
         max_seqlen_q: at least the longest n, a host integer.
         max_seqlen_k: at least the longest m, a host integer.
         scale: of the scores.

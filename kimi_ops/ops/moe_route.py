@@ -60,7 +60,8 @@ def moe_route(
     Args:
         x: ``[T, D]`` bfloat16, float16, float32 or float64.
         gate_weight: ``[E, D]``, same choice of dtypes, E at most 1024.
-        bias: ``[E]`` float32 or float64 (``e_score_correction_bias``).
+        bias: ``[E]`` float32 or float64 (``e_score_correction_bias``), rounded to the dtype of the
+            scores.
         top_k: K experts per token, at most 32 and at most the experts of the kept groups.
         n_group: groups of E / n_group neighbouring experts; 1 in Kimi K2.5.
         topk_group: groups kept per token, by the sum of their two best biased scores.
@@ -69,8 +70,9 @@ def moe_route(
 
     Returns:
         ``weights [T, K]`` float32 (float64 for float64 ``x``) and ``ids [T, K]`` int32, best
-        first. Equal scores go to the lower id. A NaN score ranks below every number, so a row of
-        NaN yields the ids 0 .. K-1 (with NaN weights): ids are always valid and distinct.
+        first. Equal scores go to the lower id. A NaN score ranks below every number, -inf
+        included, so a row of NaN yields the ids 0 .. K-1 (with NaN weights): ids are always valid
+        and distinct, and always of the kept groups.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or number other than stated.

@@ -36,7 +36,7 @@ _op = define_op(
     " float scale=1.0, bool normalize=True) -> (Tensor, Tensor)",
     checks={
         "logits": "[T, E] float32|float64",
-        "bias": "[E] float32|float64",
+        "bias": "[E] like logits",
         **ROUTER_RULES,
     },
     outputs=outputs,
@@ -57,7 +57,7 @@ def moe_select(
 
     Args:
         logits: ``[T, E]`` float32 or float64, E at most 1024.
-        bias: ``[E]`` float32 or float64, steers the selection only.
+        bias: ``[E]``, dtype of ``logits``, steers the selection only.
         top_k: K experts per token, at most 32 and at most the experts of the kept groups.
         n_group: groups of E / n_group neighbouring experts.
         topk_group: groups kept per token, by the sum of their two best biased scores.
@@ -66,8 +66,9 @@ def moe_select(
 
     Returns:
         ``weights [T, K]``, dtype of ``logits``, and ``ids [T, K]`` int32, best first. Equal scores
-        go to the lower id. A NaN score ranks below every number, so a row of NaN yields the ids
-        0 .. K-1 (with NaN weights): ids are always valid and distinct.
+        go to the lower id. A NaN score ranks below every number, -inf included, so a row of NaN
+        yields the ids 0 .. K-1 (with NaN weights): ids are always valid and distinct, and always
+        of the kept groups.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or number other than stated.

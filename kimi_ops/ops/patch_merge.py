@@ -56,7 +56,8 @@ def patch_merge(
 
     Args:
         x: ``[L, D]`` bfloat16, float16, float32 or float64: output of the last encoder layer.
-        grid_thws: ``[n, 3]`` int32 or int64: (t, h, w) of each entry, positive, h and w even.
+        grid_thws: ``[n, 3]`` int32 or int64: (t, h, w) of each entry, positive, h and w even;
+            other values give undefined numbers.
         merged_length: sum of h w / 4, as a host integer (the values above stay on the device).
         final_weight: ``[D]``, dtype of ``x``; with ``final_bias`` the final LayerNorm.
         final_bias: ``[D]``, dtype of ``x``.

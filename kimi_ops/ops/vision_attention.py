@@ -38,7 +38,8 @@ def vision_attention(
             in Kimi K2.5.
         k: ``[L, H, head_dim]``, dtype of ``q``.
         v: ``[L, H, head_dim]``, dtype of ``q``.
-        cu_seqlens: ``[n+1]`` int32, ascending offsets of the segments, first 0; empty ones allowed.
+        cu_seqlens: ``[n+1]`` int32, ascending offsets of the segments, first 0, last at most L;
+            empty ones allowed. Other offsets give undefined numbers.
         max_seqlen: at least the longest segment, a host integer.
         scale: of the scores, ``head_dim**-0.5`` in Kimi K2.5.
 

@@ -38,7 +38,8 @@ def vision_pos_embed(x: Tensor, table: Tensor, grid_thws: Tensor) -> Tensor:
         x: ``[L, D]`` bfloat16, float16, float32 or float64: patches of all entries, each in
             frame, row, column order.
         table: ``[rows, columns, D]``, dtype of ``x``; 64 x 64 x 1152 in Kimi K2.5.
-        grid_thws: ``[n, 3]`` int32 or int64: (t, h, w) of each entry, in patches, all positive.
+        grid_thws: ``[n, 3]`` int32 or int64: (t, h, w) of each entry, in patches, all positive;
+            other values give undefined numbers.
 
     Returns:
         ``[L, D]`` contiguous, dtype of ``x``; rows past the last entry are those of ``x``.

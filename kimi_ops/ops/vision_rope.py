@@ -31,7 +31,8 @@ def vision_rope(qkv: Tensor, grid_thws: Tensor) -> None:
     Args:
         qkv: ``[L, 3, H, head_dim]`` bfloat16, float16, float32 or float64, **written**; q, k, v in
             that order, ``head_dim`` a multiple of 4 (72 in Kimi K2.5).
-        grid_thws: ``[n, 3]`` int32 or int64: (t, h, w) of each entry, in patches, all positive.
+        grid_thws: ``[n, 3]`` int32 or int64: (t, h, w) of each entry, in patches, all positive;
+            other values give undefined numbers.
             Rows of ``qkv`` past the last entry stay as they are.
 
     Raises:

@@ -19,10 +19,10 @@ def attend(
     ``out [n, H, V]`` and ``lse [n, H]`` (float32 or float64); a query without keys has out 0 and
     lse -inf.
     """
-    outs, lses = [], []
+    outs, lses, wide_k = [], [], widen(k)
     for start in range(0, len(q), _QUERIES_AT_ONCE):
         block = q[start : start + _QUERIES_AT_ONCE]
-        score = widen(torch.einsum("nhw,mhw->hnm", block, k)) * scale
+        score = torch.einsum("nhw,mhw->hnm", widen(block), wide_k) * scale
         if offset is not None:
             i = torch.arange(start, start + len(block), device=q.device)[:, None]
             j = torch.arange(len(k), device=q.device)

@@ -22,11 +22,11 @@ def mla_decode(
     num_pages, page_size, width = kv_cache.shape
     batch, new, _, _ = q_latent.shape
     device = q_latent.device
-    capacity = page_table.shape[1] * page_size
+    length = seq_lens.long().clamp(0, page_table.shape[1] * page_size)
+    capacity = max(length.tolist(), default=0)
 
     # The keys of each sequence side by side, [B, capacity, C+R]. What a sequence does not use may
     # hold anything, NaN and absurd page ids included, so it is left out and not multiplied by 0.
-    length = seq_lens.long().clamp(0, capacity)
     token = torch.arange(capacity, device=device)
     page = page_table.long()[:, token // page_size]
     used = token < length[:, None]
@@ -36,7 +36,7 @@ def mla_decode(
 
     limit = length[:, None] - torch.arange(new - 1, -1, -1, device=device)
     hidden = token >= limit[..., None]
-    score = widen(torch.einsum("bshw,btw->bhst", q_latent, kv)) * scale
+    score = torch.einsum("bshw,btw->bhst", widen(q_latent), widen(kv)) * scale
     score = score.masked_fill(hidden[:, None], -torch.inf)
     lse = score.logsumexp(-1)
     weight = (score - lse[..., None]).exp().masked_fill((lse == -torch.inf)[..., None], 0)

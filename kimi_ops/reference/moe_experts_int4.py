@@ -34,12 +34,14 @@ def moe_experts_int4(
     for expert in local.unique().tolist():
         if expert < 0:
             continue
-        tokens, choices = (local == expert).nonzero(as_tuple=True)
+        chosen = local == expert
+        tokens = chosen.any(1).nonzero()[:, 0]
         gate_up = dequantize(gate_up_packed[expert], gate_up_scale[expert], x.dtype)
         down = dequantize(down_packed[expert], down_scale[expert], x.dtype)
         y = silu_mul(x[tokens] @ gate_up.T) @ down.T
-        # A token that chose an expert twice appears twice, so this must add, not assign.
-        total.index_put_((tokens,), weights[tokens, choices, None] * widen(y), accumulate=True)
+        # Summed over k: a token that chose an expert twice counts it twice.
+        weight = weights.to(total.dtype).masked_fill(~chosen, 0).sum(1)
+        total[tokens] += weight[tokens, None] * y
     if shared_gate_up is not None and shared_down is not None:
         total += silu_mul(x @ shared_gate_up.T) @ shared_down.T
     return total.to(x.dtype)

@@ -12,9 +12,11 @@ from kimi_ops.reference import runs_anything as unsupported
 __all__ = ["launch", "moe_select", "unsupported"]
 
 
-def best(values: Tensor, count: int) -> Tensor:
-    """Indices ``[..., count]`` of the largest values, best first, equal ones by lower index."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+def best(values: Tensor, tier: Tensor) -> Tensor:
+    """Indices of all values, best first: by tier, then by value, then by lower index."""
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    regroup = tier.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    return order.gather(-1, regroup)
 
 
 def moe_select(
@@ -28,15 +30,19 @@ def moe_select(
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
     score = logits.sigmoid()
-    choice = score + bias
-    choice = choice.masked_fill(choice.isnan(), -torch.inf)
+    choice = score + bias.to(score.dtype)
+    number = ~choice.isnan()  # what is not a number ranks below -inf
+    choice = choice.masked_fill(~number, -torch.inf)
+    tier = number.int()
     if topk_group < n_group:
         group = choice.view(tokens, n_group, -1)
-        group_score = group.sort(dim=-1, descending=True).values[..., :2].sum(-1)
-        kept = torch.zeros_like(group_score, dtype=torch.bool)
-        kept.scatter_(1, best(group_score, topk_group), True)
-        choice = choice.masked_fill(~kept.repeat_interleave(experts // n_group, 1), -torch.inf)
-    ids = best(choice, top_k)
+        pair = group.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+        # +inf and -inf biases in one group: no number, last.
+        ranked = best(pair.masked_fill(pair.isnan(), -torch.inf), (~pair.isnan()).int())
+        kept = torch.zeros_like(pair, dtype=torch.bool).scatter_(1, ranked[:, :topk_group], True)
+        # Experts outside the kept groups come after everything within them.
+        tier += 2 * kept.repeat_interleave(experts // n_group, dim=1)
+    ids = best(choice, tier)[:, :top_k]
     weights = score.gather(1, ids)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

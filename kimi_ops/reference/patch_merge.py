@@ -40,7 +40,9 @@ def patch_merge(
     written = place.inside & (token < merged_length)
     merged = torch.zeros((merged_length * 4, width), dtype=widen(x).dtype, device=x.device)
     share = widen(normal) / place.t[:, None]
-    merged.index_put_((slot[written],), share[written], accumulate=True)
+    for frame in place.frame[written].unique().tolist():
+        now = written & (place.frame == frame)  # within a frame no two patches share a slot
+        merged[slot[now]] += share[now]
     merged = layer_norm(merged.to(x.dtype), (width,), pre_weight, pre_bias, eps)
     merged = merged.view(merged_length, 4 * width)
     past = torch.arange(merged_length, device=x.device) >= ends[-1]

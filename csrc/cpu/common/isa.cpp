@@ -12,7 +12,8 @@ extern "C" const char* kimi_cpu_isa(void) {
       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) {
     return "avx512";
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     return "avx2";
   }
 #endif
