@@ -3,6 +3,8 @@ pair by pair, and split over ranks."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from transformers import DeepseekV3Config
@@ -28,15 +30,18 @@ def test_oracle_pair_by_pair(case):
     x, gate_up, gu_scale, down, d_scale, weights, ids, s_gate_up, s_down, span = _exact(case)
     first, last = span or (0, len(gate_up))
     expected = torch.zeros_like(x)
+
+    @functools.cache
+    def weight(expert):
+        both = (gate_up[expert], gu_scale[expert]), (down[expert], d_scale[expert])
+        return [int4.unpack(w).double() * s.repeat_interleave(32, 1) for w, s in both]
+
     for t, row in enumerate(ids.tolist()):
         for k, expert in enumerate(row):
             if first <= expert < last:
-                w = int4.unpack(gate_up[expert - first]).double()
-                w = w * gu_scale[expert - first].repeat_interleave(32, 1)
-                gate, up = (w @ x[t]).chunk(2)
-                w = int4.unpack(down[expert - first]).double()
-                w = w * d_scale[expert - first].repeat_interleave(32, 1)
-                expected[t] += weights[t, k] * (w @ (F.silu(gate) * up))
+                w_in, w_out = weight(expert - first)
+                gate, up = (w_in @ x[t]).chunk(2)
+                expected[t] += weights[t, k] * (w_out @ (F.silu(gate) * up))
         if s_gate_up is not None:
             gate, up = (s_gate_up @ x[t]).chunk(2)
             expected[t] += s_down @ (F.silu(gate) * up)

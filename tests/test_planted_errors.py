@@ -39,7 +39,7 @@ PLANTED = [
     ("mla_decode", "causal mask off by one", "hidden = token >= limit", "hidden = token > limit"),
     ("mla_decode", "new tokens not causal", "torch.arange(new - 1, -1, -1, device=device)",
      "torch.zeros(new, dtype=torch.long)"),
-    ("mla_decode", "scale forgotten", "kv)) * scale", "kv)) * 1.0"),
+    ("mla_decode", "scale forgotten", "widen(kv)) * scale", "widen(kv)) * 1.0"),
     ("mla_decode", "lse to base 2", "return out, lse.", "return out, 1.4426950408889634 * lse."),
     ("mla_decode", "unused tail not left out", "used = token < length[:, None]",
      "used = token < (length[:, None] + 1).clamp(max=capacity)"),
@@ -54,11 +54,11 @@ PLANTED = [
     ("merge_attention", "sides exchanged", "(out_a, lse_a), (out_b, lse_b)",
      "(out_a, lse_b), (out_b, lse_a)"),
     ("moe_select", "bias in the weights", "weights = score.gather", "weights = choice.gather"),
-    ("moe_select", "NaN ranks first", "choice.masked_fill(choice.isnan(), -torch.inf)", "choice"),
+    ("moe_select", "NaN ranks first", "tier = number.int()", "tier = (~number).int()"),
+    ("moe_select", "dropped groups leak", "tier += 2 * kept", "tier += 0 * kept"),
     ("moe_select", "ties to the higher id",
-     "values.sort(dim=-1, descending=True, stable=True).indices[..., :count]",
-     "values.shape[-1] - 1 - values.flip(-1).sort(dim=-1, descending=True, stable=True)"
-     ".indices[..., :count]"),
+     "values.sort(dim=-1, descending=True, stable=True).indices",
+     "values.shape[-1] - 1 - values.flip(-1).sort(dim=-1, descending=True, stable=True).indices"),
     ("moe_select", "scaled before normalising", "weights = score.gather(1, ids)",
      "weights = score.gather(1, ids) * scale"),
     ("moe_select", "group score of one expert", "values[..., :2].sum(-1)", "values[..., 0]"),
@@ -72,11 +72,11 @@ PLANTED = [
      "x[tokens] @ gate_up.roll(len(gate_up) // 2, 0).T"),
     ("moe_experts_int4", "down weights unscaled", "down_scale[expert], x.dtype",
      "torch.ones_like(down_scale[expert]), x.dtype"),
-    ("moe_experts_int4", "routing weight forgotten", "weights[tokens, choices, None] * widen(y)",
-     "widen(y)"),
+    ("moe_experts_int4", "routing weight forgotten", "weights.to(total.dtype).masked_fill",
+     "torch.ones_like(weights).masked_fill"),
     ("moe_experts_int4", "shared expert scaled", "silu_mul(x @ shared_gate_up.T) @ shared_down.T",
      "2.827 * (silu_mul(x @ shared_gate_up.T) @ shared_down.T)"),
-    ("moe_experts_int4", "repeated choice assigned", "accumulate=True", "accumulate=False"),
+    ("moe_experts_int4", "repeated choice counted once", ".sum(1)", ".amax(1)"),
     ("moe_experts_int4", "expert range ignored", "(expert_range[0] if expert_range else 0)", "0"),
     ("int4_linear", "scale of the next group", "dequantize(packed, scale,",
      "dequantize(packed, scale.roll(1, 1),"),
@@ -154,6 +154,11 @@ def test_every_op_has_a_planted_error():
     assert {op for op, *_ in PLANTED} == set(kimi_ops.op_names())
 
 
+def _beyond(y, offset):
+    """The element that lies ``offset`` elements behind the first one of ``y``."""
+    return y.as_strided((1,), (1,), y.storage_offset() + offset)
+
+
 def _behaviour(change):
     reference = get_op("rms_norm").load("reference")
 
@@ -170,13 +175,43 @@ def _behaviour(change):
         (lambda y, x: y[-1:].fill_(torch.nan), "NaN misplaced"),
         (lambda y, x: x.mul_(2), "changed its argument x"),
         (lambda y, x: y.mul_(1 + 1e-2 * torch.rand(())), "differs between runs"),
+        (lambda y, x: y.mul_(1.01), "all errors lean to one side"),
+        (lambda y, x: _beyond(y, y.numel()).fill_(0), "wrote outside its output 0"),
+        (lambda y, x: _beyond(y, -1).fill_(0), "wrote outside its output 0"),
+        (lambda y, x: y[..., 5].zero_(), "over budget"),
     ],
-    ids=["a row left unwritten", "an argument written", "another result each time"],
+    ids=[
+        "a row left unwritten",
+        "an argument written",
+        "another result each time",
+        "one per cent too large",
+        "written past the end",
+        "written before the start",
+        "one channel left out",
+    ],
 )
 def test_misbehaviour_is_caught(register, change, message):
     register("rms_norm", "planted", _behaviour(change))
     with pytest.raises(AssertionError, match=message):
         check_op("rms_norm", cases("rms_norm")[1].args(), "planted")
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "mla_decode", "moe_experts_int4", "vision_attention"])
+def test_strides_ignored_are_noticed(register, op):
+    reference, contract = get_op(op).load("reference"), get_op(op)
+    for name in contract.checks.tensors:
+        index = contract.params.index(name)
+
+        def launch(outputs, *args, index=index):
+            wrong, arg = list(args), args[index]
+            if arg is not None:
+                packed = torch.empty(arg.shape).stride()
+                wrong[index] = arg.as_strided(arg.shape, packed, arg.storage_offset())
+            reference.launch(outputs, *wrong)
+
+        module = SimpleNamespace(launch=launch, unsupported=lambda *args: None)
+        register(op, "planted", module)
+        assert _first_failure(op) is not None, f"{op}: nothing noticed that {name} may be strided"
 
 
 def test_unwritten_output_is_poison(register):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+from kimi_ops.testing.check import check_op, poisoned_outputs
 from kimi_ops.testing.inputs import Case, cases
-from kimi_ops.testing.oracle import (
-    Comparison,
-    assert_close_to_oracle,
-    check_op,
-    poisoned_outputs,
-)
+from kimi_ops.testing.oracle import Comparison, assert_close_to_oracle
 
 __all__ = [
     "Case",

@@ -22,7 +22,7 @@ def weights(
     packed = torch.randint(info.min, info.max + 1, (*rows, k // 8), generator=generator)
     packed = packed.to(torch.int32)
     scale = torch.rand((*rows, k // 32), generator=generator) + 0.5
-    scale = (scale * (0.25 * k**-0.5)).to(scale_dtype)
+    scale = (scale * (0.25 * max(k, 1) ** -0.5)).to(scale_dtype)
     flat_packed, flat_scale = packed.flatten(0, -2), scale.flatten(0, -2)
     for row, word in ((0, 0), (1, -1)):  # nibbles 0 (q = -8) and 15 (q = 7)
         flat_packed[row : row + 1] = word
@@ -48,6 +48,9 @@ for _dtype, _name in DTYPE_NAMES.items():
 for _scale in (torch.float16, torch.float32):
     _label = f"bf16-scale-{DTYPE_NAMES[_scale]}"
     add("int4_linear", _label, int4_linear, shape=(5, 128), n=65, scale_dtype=_scale)
+add("int4_linear", "bf16-no-outputs", int4_linear, shape=(3, 64), n=0)
+add("int4_linear", "bf16-300x64x130", int4_linear, shape=(300, 64), n=130)
+add("int4_linear", "bf16-129x256x257", int4_linear, shape=(129, 256), n=257)
 add("int4_linear", "bf16-no-rows", int4_linear, shape=(0, 64), n=8)
 add("int4_linear", "bf16-one-group", int4_linear, shape=(1, 32), n=1)
 add("int4_linear", "bf16-3d", int4_linear, shape=(2, 9, 160), n=33)

@@ -68,7 +68,8 @@ def mla_absorb_query(
     n, r, c = widths
     kv_b = normal(generator, heads, n + 2, c, dtype=dtype, std=n**-0.5)
     q = strided(normal(generator, tokens, heads, n + r, dtype=dtype))
-    return q, kv_b[:, :n], positions(generator, tokens).long(), inv_freq(r)
+    at = positions(generator, tokens)
+    return q, kv_b[:, :n], at.long() if tokens % 2 else at, inv_freq(r)
 
 
 def mla_decode(
@@ -81,9 +82,11 @@ def mla_decode(
     dtype: torch.dtype = BF16,
     large: bool = False,
     lost: bool = False,
+    table_pages: int = 0,
 ) -> tuple[Any, ...]:
     """Sequences in shuffled pages; NaN past each length, absurd ids past each last page.
 
+    ``table_pages`` widens the page table as an engine does that sizes it for the longest context;
     ``large`` makes scores of several hundred, where a softmax without its maximum overflows;
     ``lost`` puts an absurd id into the used part of the last sequence's table.
     """
@@ -92,8 +95,9 @@ def mla_decode(
     max_pages = max(1, *((n + page - 1) // page for n in lengths)) + 2
     cache = torch.full((batch * max_pages + 1, page, c + r), torch.nan, dtype=dtype)
     ids = torch.randperm(len(cache), generator=generator).tolist()
-    table = torch.tensor(_ABSURD_PAGES * (batch * max_pages), dtype=torch.int32)
-    table = table[: batch * max_pages].view(batch, max_pages).clone()
+    columns = max(max_pages, table_pages)
+    table = torch.tensor(_ABSURD_PAGES * (batch * columns), dtype=torch.int32)
+    table = table[: batch * columns].view(batch, columns).clone()
     for b, length in enumerate(lengths):
         for first in range(0, max(length, 0), page):
             table[b, first // page] = ids.pop()
@@ -128,8 +132,12 @@ def mla_prefill(
     dtype: torch.dtype = BF16,
     causal: bool = True,
     padding: int = 0,
+    slack: int = 0,
 ) -> tuple[Any, ...]:
-    """Packed sequences, with ``padding`` rows of NaN behind the last one of each tensor."""
+    """Packed sequences, ``padding`` rows of NaN behind the last one of each tensor.
+
+    ``slack`` is how much larger than need be ``max_seqlen`` is.
+    """
 
     def packed(lengths: tuple[int, ...], width: int) -> Tensor:
         x = normal(generator, sum(lengths) + padding, heads, width, dtype=dtype)
@@ -146,8 +154,8 @@ def mla_prefill(
         packed(keys, v),
         offsets(queries),
         offsets(keys),
-        max(queries),
-        max(keys),
+        max(queries) + slack,
+        max(keys) + slack,
         w**-0.5,
         causal,
     )
@@ -220,5 +228,19 @@ add("mla_prefill", "bf16-padding", _P, queries=(33,), keys=(33,), heads=2, paddi
 add("mla_prefill", "bf16-empty", _P, queries=(0,), keys=(0,), heads=2)
 add("mla_prefill", "bf16-small", _P, queries=(9, 20), keys=(9, 31), heads=4, widths=(24, 16))
 add("mla_prefill", "bf16-h64", _P, queries=(129,), keys=(257,), heads=64, full=True)
+add("mla_latent_write", "bf16-257-small", mla_latent_write, tokens=257, widths=(96, 32, 16))
+add("mla_absorb_query", "bf16-257-small", mla_absorb_query, tokens=257, heads=2,
+    widths=(16, 8, 32))  # fmt: skip
+add("mla_absorb_query", "bf16-130x2", mla_absorb_query, tokens=130, heads=2)
+add("mla_project_value", "bf16-257-small", mla_project_value, tokens=257, heads=2, widths=(16, 32))
+add("mla_project_value", "bf16-130x2", mla_project_value, tokens=130, heads=2)
+add("mla_decode", "bf16-h8-2100", mla_decode, lengths=(2100, 17), heads=8)
+add("mla_decode", "bf16-small-long", mla_decode, lengths=(2047, 2049, 4100), heads=2,
+    widths=(32, 16))  # fmt: skip
+add("mla_decode", "bf16-small-wide-table", mla_decode, lengths=(5, 0, 70), heads=4, widths=(32, 16),
+    table_pages=4096)  # fmt: skip
+add("mla_prefill", "bf16-300-small", _P, queries=(129, 300), keys=(257, 300), heads=2,
+    widths=(24, 16), slack=50)  # fmt: skip
+add("mla_prefill", "bf16-300", _P, queries=(130, 1), keys=(300, 258), heads=1)
 add("merge_attention", "bf16-3d", merge_attention, shape=(5, 129, 64))
 add("merge_attention", "bf16-one", merge_attention, shape=(4, 1))

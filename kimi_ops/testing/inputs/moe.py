@@ -64,6 +64,20 @@ def moe_route_special(generator: torch.Generator, special: str) -> tuple[Any, ..
         x[0], x[4, 3], x[8] = torch.nan, torch.nan, torch.inf
     elif special == "one-nan-expert":
         gate[7, 0] = torch.nan
+    elif special == "near-one":
+        # Logits of 18 and more: sigmoids that differ in float64 and are all 1 in float32.
+        x[:], gate[:] = 1, 0
+        gate[:, 0] = torch.arange(18, 66)
+    elif special == "nan-in-kept-group":
+        x[:], gate[:] = 1, 0
+        gate[36:, 0] = 3
+        gate[40, 0] = torch.nan
+        return x, gate, bias, 6, 4, 1, _SCALE, True
+    elif special == "masked-in-kept-group":
+        x[:], gate[:] = 1, 0
+        gate[36:, 0] = torch.arange(12).flip(0)
+        bias[38:46] = -torch.inf
+        return x, gate, bias, 6, 4, 1, _SCALE, True
     elif special == "masked-experts":
         bias[:40] = -torch.inf
     elif special == "saturated":
@@ -123,13 +137,15 @@ def moe_experts_int4(
     routing: str = "uniform",
     shared: int = 0,
     expert_range: tuple[int, int] | None = None,
+    scale_dtype: torch.dtype = BF16,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, ...]:
     """Extreme nibbles and scales in the first rows; NaN scales where no token goes."""
     ids = routed_ids(generator, tokens, experts, top_k, routing)
     first, last = expert_range or (0, experts)
     local = last - first
-    gate_up, gate_up_scale = weights(generator, local, 2 * f, d)
-    down, down_scale = weights(generator, local, d, f)
+    gate_up, gate_up_scale = weights(generator, local, 2 * f, d, scale_dtype=scale_dtype)
+    down, down_scale = weights(generator, local, d, f, scale_dtype=scale_dtype)
     for expert in range(local):
         if not bool((ids == expert + first).any()):
             gate_up_scale[expert] = torch.nan
@@ -140,7 +156,7 @@ def moe_experts_int4(
         gate_up_scale,
         down,
         down_scale,
-        torch.rand((tokens, top_k), generator=generator) * _SCALE,
+        torch.rand((tokens, top_k), generator=generator, dtype=weights_dtype) * _SCALE,
         ids,
         normal(generator, 2 * shared, d, dtype=dtype, std=d**-0.5) if shared else None,
         normal(generator, d, shared, dtype=dtype, std=shared**-0.5) if shared else None,
@@ -158,6 +174,7 @@ for _op, _build in (("moe_route", moe_route), ("moe_select", moe_select)):
     add(_op, "bf16-kimi-1", _build, tokens=1, **_KIMI)
     add(_op, "bf16-kimi-17", _build, tokens=17, **_KIMI)
     add(_op, "bf16-kimi-256", _build, tokens=256, **_KIMI, full=True)
+    add(_op, "bf16-257", _build, tokens=257, d=64, experts=48, top_k=6)
     add(_op, "bf16-none", _build, tokens=0, d=64, experts=16, top_k=2)
     add(_op, "bf16-all", _build, tokens=5, d=64, experts=8, top_k=8)
     add(_op, "bf16-one-expert", _build, tokens=5, d=64, experts=1, top_k=1)
@@ -165,7 +182,9 @@ for _op, _build in (("moe_route", moe_route), ("moe_select", moe_select)):
     add(_op, "bf16-1024", _build, tokens=3, d=128, experts=1024, top_k=32, normalize=False)
     add(_op, "bf16-groups", _build, tokens=33, d=128, experts=64, top_k=8, groups=(8, 4))
     add(_op, "bf16-groups-of-1", _build, tokens=9, d=64, experts=8, top_k=2, groups=(8, 3))
-for _special in ("ties", "nan-rows", "one-nan-expert", "masked-experts", "saturated"):
+_SPECIALS = ("ties", "nan-rows", "one-nan-expert", "masked-experts", "saturated", "near-one",
+             "nan-in-kept-group", "masked-in-kept-group")  # fmt: skip
+for _special in _SPECIALS:
     add("moe_route", _special, moe_route_special, special=_special)
     add("moe_select", _special, moe_select, special=_special)
 
@@ -189,6 +208,12 @@ add("moe_experts_int4", "bf16-range", _E, tokens=17, experts=12, top_k=3, shared
 add("moe_experts_int4", "bf16-empty-range", _E, tokens=3, experts=12, top_k=3,
     expert_range=(4, 4))  # fmt: skip
 add("moe_experts_int4", "bf16-odd-groups", _E, tokens=5, experts=4, top_k=2, d=160, f=96)
+add("moe_experts_int4", "bf16-300", _E, tokens=300, experts=3, top_k=2, d=64, f=32, shared=32)
+add("moe_experts_int4", "bf16-no-width", _E, tokens=3, experts=3, top_k=2, d=64, f=0, shared=32)
+add("moe_experts_int4", "bf16-scale-fp16", _E, tokens=5, experts=4, top_k=2,
+    scale_dtype=torch.float16)  # fmt: skip
+add("moe_experts_int4", "bf16-scale-fp32", _E, tokens=5, experts=4, top_k=2,
+    scale_dtype=torch.float32, weights_dtype=torch.float64)  # fmt: skip
 add("moe_experts_int4", "bf16-129", _E, tokens=129, experts=4, top_k=2, d=256, f=128)
 add("moe_experts_int4", "bf16-kimi-width-256", _E, tokens=3, experts=4, top_k=2, d=7168, f=256)
 add("moe_experts_int4", "bf16-kimi-2", _E, tokens=2, experts=4, top_k=2, d=7168, f=2048,

@@ -14,7 +14,9 @@ Grids = tuple[tuple[int, int, int], ...]
 
 
 def _grid(grids: Grids) -> Tensor:
-    return torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+    """In int64 as the model has it, and in int32 for an even number of entries."""
+    dtype = torch.int64 if len(grids) % 2 else torch.int32
+    return torch.tensor(grids, dtype=dtype).view(-1, 3)
 
 
 def _patches(grids: Grids) -> int:
@@ -56,6 +58,7 @@ def vision_attention(
     dtype: torch.dtype = BF16,
     padding: int = 0,
     large: bool = False,
+    slack: int = 0,
 ) -> tuple[Any, ...]:
     """q, k and v as slices of one packed tensor; ``padding`` rows of NaN behind them."""
     total = sum(lengths)
@@ -65,7 +68,7 @@ def vision_attention(
     qkv[total:] = torch.nan
     cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).int()
     q, k, v = qkv.unbind(1)
-    return q, k, v, cu_seqlens, max(lengths), head_dim**-0.5
+    return q, k, v, cu_seqlens, max(lengths) + slack, head_dim**-0.5
 
 
 def patch_merge(
@@ -111,6 +114,8 @@ add("vision_attention", "bf16-padding", vision_attention, lengths=(33, 100), pad
 add("vision_attention", "bf16-large-scores", vision_attention, lengths=(130,), large=True)
 add("vision_attention", "bf16-head-64", vision_attention, lengths=(127, 129), head_dim=64)
 add("vision_attention", "bf16-1656", vision_attention, lengths=(1656,), heads=16, full=True)
+add("vision_attention", "bf16-300", vision_attention, lengths=(257, 300), heads=1, slack=40)
+add("patch_merge", "fp32-long-clip", patch_merge, grids=((8, 24, 24),), d=128, dtype=torch.float32)
 add("patch_merge", "bf16-extra", patch_merge, grids=((1, 4, 4),), extra=5)
 add("patch_merge", "bf16-strided", patch_merge, grids=((2, 4, 4), (1, 2, 2)), wide=True)
 add("patch_merge", "bf16-small", patch_merge, grids=((3, 4, 6), (1, 2, 2)), d=40)
