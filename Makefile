@@ -19,7 +19,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc
 	touch $@
 
 demo: venv
-	$(BIN)/kimi-ops doctor
+	$(BIN)/python examples/demo.py
 
 # ARGS="--full" runs the full grid, ARGS="tests/test_mla_decode.py" one file.
 test: venv

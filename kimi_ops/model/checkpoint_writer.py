@@ -31,6 +31,8 @@ from kimi_ops.model.weight_map import (
 )
 
 INDEX_NAME = "model.safetensors.index.json"
+# Its presence marks the weights beside it as random (`random_files`), so it goes when they go.
+RANDOM_MARK = "random_weights.txt"
 ExtraFiles = Mapping[str, bytes | str]
 Produce = Callable[[StoredTensor], Iterable[torch.Tensor]]
 
@@ -238,6 +240,7 @@ def _move_into_place(staged: Path, directory: Path) -> None:
     (directory / INDEX_NAME).unlink(missing_ok=True)
     earlier = [
         directory / "model.safetensors",
+        directory / RANDOM_MARK,
         *directory.glob("model-[0-9]*-of-[0-9]*.safetensors"),
     ]
     for old in earlier:
