@@ -74,6 +74,7 @@ class Op:
         self.required = {a.name for a in parsed.arguments if not a.has_default_value()}
         self.defaults = tuple(a.default_value for a in parsed.arguments)
         self.checks = Checks(self.name, self.params, checks, written=self.mutates)
+        self._check, self._arity = self.checks.run, len(self.params)
         self.outputs = outputs
         self._device_arg = self.params.index(next(iter(self.checks.tensors)))
         self._loaded: dict[str, Backend | str] = {}
@@ -111,9 +112,9 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         """The op itself. Short on purpose: at decode a call may cost little more than this."""
-        if len(args) != len(self.params):
+        if len(args) != self._arity:
             args = self._complete(args)
-        self.checks.run(*args)
+        self._check(*args)
         if torch.is_grad_enabled():
             self._refuse_gradients(args)
         device = args[self._device_arg].device.type
@@ -121,7 +122,9 @@ class Op:
             # The contract's dtypes hold inside autocast too: a float32 router stays one.
             with torch.autocast(device, enabled=False):
                 return self._run(*args)
-        choice = _choice()
+        choice = _CHOICE.get()
+        if choice is None:
+            choice = _environment_choice()
         name = self._chosen_name(choice) if choice else None
         backend = self._explicit(name, args) if name else self._automatically(device, args)
         outputs = self.outputs(*args)
