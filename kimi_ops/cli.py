@@ -29,6 +29,12 @@ def _run_doctor(args: argparse.Namespace) -> int:
     return doctor.run(as_json=args.json)
 
 
+def _run_compile(args: argparse.Namespace) -> int:
+    from kimi_ops.testing.static import command
+
+    return command.run(args.arch, args.op, args.json)
+
+
 def _run_generate(args: argparse.Namespace) -> int:
     from kimi_ops.model import generate_command
 
@@ -181,6 +187,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, and who runs each op here")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     doctor.set_defaults(run=_run_doctor)
+    compile_ = commands.add_parser("compile", help="registers, memory, instructions of each kernel")
+    compile_.add_argument("--arch", nargs="+", default=[], metavar="A", help="sm_90a, ... (all)")
+    compile_.add_argument("--op", nargs="+", default=[], metavar="OP", help="names of ops (all)")
+    compile_.add_argument("--json", action="store_true", help="the same as JSON")
+    compile_.set_defaults(run=_run_compile)
     _add_generate(commands)
     _add_inspect(commands)
     _add_make_checkpoint(commands)
