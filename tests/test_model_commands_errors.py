@@ -187,7 +187,7 @@ def test_nan_logits_end_the_line_and_are_an_error(tiny, capsys, monkeypatch):
     assert generate(tiny, "--prompt", "Hi") == 2
     out, err = capsys.readouterr()
     assert out == "\n"
-    assert err.endswith("logits are NaN: the weights or the input are damaged\n")
+    assert err.endswith("best logit is nan: the weights or the input are damaged\n")
 
 
 def test_random_files_need_the_released_order_of_ids():

@@ -6,6 +6,7 @@ fed.
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -17,6 +18,7 @@ from kimi_ops.model.errors import KimiError, MediaError
 from kimi_ops.model.generate import Sampling
 from kimi_ops.model.kimi import KimiK25
 from kimi_ops.model.make_checkpoint import make_checkpoint, tiny_config
+from kimi_ops.model.random_files import has_random_weights, random_checkpoint_files
 from kimi_ops.model.weight_map import fused_parameters
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -172,8 +174,14 @@ def test_draws_follow_temperature_and_nucleus():
     torch.testing.assert_close(shares(Sampling(1.0, 0.6)), nucleus, rtol=0, atol=0.032)
     assert shares(Sampling(1.0, 1e-9))[0] == 1
     assert shares(Sampling(0.0))[0] == 1
-    with pytest.raises(KimiError, match="logits are NaN"):
-        Sampling().draw(torch.tensor([0.0, torch.nan]), generator)
+    for damaged in ([0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]):
+        for sampling in (Sampling(), Sampling(1.0, 0.9)):
+            with pytest.raises(KimiError, match="the model's best logit is"):
+                sampling.draw(torch.tensor(damaged), generator)
+    tiny = Sampling(1e-310, 0.9)
+    assert {tiny.draw(probability.log(), generator) for _ in range(9)} == {0}
+    flat = torch.zeros(5000)  # a nucleus wider than the tokens that are looked at first
+    assert len({Sampling(1.0, 0.9).draw(flat, generator) for _ in range(3000)}) > 1500
 
 
 def test_stop_ids_end_one_sequence_and_not_the_others(model, prompts):
@@ -235,9 +243,23 @@ def test_the_model_may_write_a_placeholder(model, prompts, monkeypatch):
         (lambda m: m.generate([[]]), KimiError, "prompt 0 is empty"),
         (lambda m: m.generate([[1], []]), KimiError, "prompt 1 is empty"),
         (lambda m: m.generate([[1]], max_new_tokens=0), KimiError, "max_new_tokens must be"),
-        (lambda m: m.generate([[1]], page_size=0), KimiError, "page_size must be at least 1"),
+        (
+            lambda m: m.generate([[1]], page_size=0),
+            KimiError,
+            "page_size must be an integer of at least 1",
+        ),
         (lambda m: m.generate([[1]], prefill_chunk=0), KimiError, "prefill_chunk must be"),
-        (lambda m: m.generate([[-1]]), KimiError, "input_ids must be in 0 .. 1023, got -1"),
+        (lambda m: m.generate([[-1]]), KimiError, "prompt 0 must hold token ids, got -1"),
+        (lambda m: m.generate([[1.7]]), KimiError, "prompt 0 must hold token ids, got 1.7"),
+        (lambda m: m.generate([[2**70]]), KimiError, "prompt 0 must hold token ids"),
+        (lambda m: m.generate([1, 2]), KimiError, "prompt 0 must be a list of ids, got int"),
+        (lambda m: m.generate(["abc"]), KimiError, "prompt 0 must be a list of ids, got str"),
+        (lambda m: m.generate("abc"), KimiError, "prompts must be a list of lists of ids"),
+        (lambda m: m.generate([[1]], max_new_tokens=2.5), KimiError, "max_new_tokens must be an"),
+        (lambda m: Sampling(seed=1.5), KimiError, "seed must be a number, got 1.5"),
+        (lambda m: Sampling(temperature=None), KimiError, "temperature must be a number"),
+        (lambda m: m([[1, 2]]), KimiError, "input_ids must be a tensor, got list"),
+        (lambda m: m(torch.ones(1, 2).cfloat()), KimiError, "got .* torch.complex64"),
         (lambda m: m.generate([[1024]]), KimiError, "input_ids must be in 0 .. 1023, got 1024"),
         (lambda m: Sampling(temperature=-1), KimiError, "temperature must be at least 0"),
         (lambda m: Sampling(temperature=float("nan")), KimiError, "temperature must be"),
@@ -259,6 +281,37 @@ def test_the_model_may_write_a_placeholder(model, prompts, monkeypatch):
             lambda m: m.encode_media(torch.zeros(4, 3, 14, 14), torch.tensor([[1, 2, 3]])),
             MediaError,
             r"grid_thws\[0\] must be 1 to 4 frames of an even number .* got \(1, 2, 3\)",
+        ),
+        (
+            lambda m: m.encode_media(torch.zeros(2056, 3, 14, 14), torch.tensor([[1, 2, 514]])),
+            MediaError,
+            r"at most 512, got \(1, 2, 514\)",
+        ),
+        (
+            lambda m: m.encode_media(torch.zeros(4, 3, 14, 14), torch.tensor([[1, 2, 2.9]])),
+            MediaError,
+            r"grid_thws must be \[n, 3\] integers",
+        ),
+        (
+            lambda m: m.encode_media(torch.zeros(4, 3, 14, 14), [[1, 2, 2]]),
+            MediaError,
+            "grid_thws must be a tensor, got list",
+        ),
+        (
+            lambda m: m(
+                torch.ones(1, 3).long(), torch.zeros(4, 3, 14, 14), torch.zeros(0, 3).int()
+            ),
+            MediaError,
+            "grid_thws announces 0 patches, pixel_values has 4",
+        ),
+        (
+            lambda m: m.generate(
+                [[m.config.media_placeholder_token_id] * n for n in (3, 1)],
+                pixel_values=torch.zeros(16, 3, 14, 14),
+                grid_thws=torch.tensor([[1, 4, 2], [1, 4, 2]]),
+            ),
+            MediaError,
+            "prompt 0 has 3 media placeholders, which ends amid a picture",
         ),
         (
             lambda m: m.encode_media(torch.zeros(20, 3, 14, 14), torch.tensor([[5, 2, 2]])),
@@ -330,6 +383,95 @@ def test_some_layers_alone(folder, model):
         n for n, _ in model.named_parameters() if "layers." not in n or ".layers.1." in n
     }
     assert part(torch.ones(1, 4, dtype=torch.long)).isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["half", "bfloat16", "double", "to_empty", "deepcopy"])
+def test_moved_and_cast_it_still_runs(folder, prompts, change):
+    """Angles and the selection bias stay float32, whatever happens to the parameters."""
+    model = KimiK25.from_pretrained(folder, dtype=torch.float32)
+    expected = model(torch.tensor([prompts[0]]))
+    bias = model.language.layers["1"].moe.bias.clone()
+    if change == "to_empty":
+        other = KimiK25(model.config, dtype=torch.float32, device="meta").to_empty(device="cpu")
+        other.load_state_dict(model.state_dict())
+    else:
+        other = copy.deepcopy(model) if change == "deepcopy" else getattr(model, change)()
+    found = other(torch.tensor([prompts[0]]))
+    assert torch.equal(other.language.layers["1"].moe.bias, bias)
+    assert other.language.inv_freq.dtype == torch.float32
+    if change in ("to_empty", "deepcopy"):
+        assert torch.equal(found, expected)
+    else:
+        assert (found - expected).square().mean().sqrt() < 0.3 * expected.std()
+
+
+def test_submodules_are_what_runs(folder, prompts):
+    model = KimiK25.from_pretrained(folder, dtype=torch.float32)
+    seen = []
+    for name in ("attn", "moe"):
+        getattr(model.language.layers["1"], name).register_forward_hook(
+            lambda *args, name=name: seen.append(name)
+        )
+    model(torch.tensor([prompts[0]]))
+    assert seen == ["attn", "moe"]
+
+
+def test_form_of_attention_does_not_depend_on_neighbours(folder, prompts):
+    """In bfloat16, where the absorbed and the materialised form round differently."""
+    low = KimiK25.from_pretrained(folder)
+    short = prompts[3][:10]
+    options = {"max_new_tokens": 1, "stop_ids": []}
+    steps = []
+    extend = cache_module.LatentCache.extend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            cache_module.LatentCache,
+            "extend",
+            lambda *args, **named: steps.append(extend(*args, **named)) or steps[-1],
+        )
+        low.generate([short], **options)
+        low.generate([short, prompts[2]], **options)
+        low.generate([short, short], max_new_tokens=2, stop_ids=[])
+    assert [step.decode for step in steps] == [False, False, False, True]
+
+
+def test_seeds_of_64_bits_differ(model, prompts):
+    options = {"max_new_tokens": 12, "stop_ids": []}
+    seeds = (0, 1, 2**32, 5 * 2**32, 2**63 - 1)
+    drawn = [
+        tuple(model.generate(prompts[:1], sampling=Sampling(1.0, 1.0, s), **options).tokens[0])
+        for s in seeds
+    ]
+    assert len(set(drawn)) == len(seeds)
+
+
+def test_end_of_turn_stops_by_default(model, prompts, monkeypatch):
+    eos = model.config.eos_token_id
+    for stop in (eos, eos + 1):  # [EOS] and <|im_end|>
+        monkeypatch.setattr(Sampling, "draw", lambda *args, stop=stop: stop)
+        result = model.generate(prompts[:1], max_new_tokens=5)
+        assert (result.tokens, result.finish_reasons) == ([[]], ["stop"])
+
+
+def test_interruption_while_pictures_are_encoded(model, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(KimiK25, "encode_media", interrupted)
+    pad = model.config.media_placeholder_token_id
+    grid = torch.tensor([[1, 2, 2]])
+    result = model.generate([[pad, 1]], pixel_values=torch.zeros(4, 3, 14, 14), grid_thws=grid)
+    assert result.finish_reasons == ["interrupted"]
+
+
+def test_saved_with_the_small_files_of_its_source(tmp_path):
+    config = tiny_config()
+    files = random_checkpoint_files(config)
+    make_checkpoint(tmp_path / "one", config, tokenizer_files=files)
+    KimiK25.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    for name, content in files.items():
+        assert (tmp_path / "two" / name).read_bytes() == content
+    assert has_random_weights(tmp_path / "two")
 
 
 def test_saved_and_loaded_it_is_the_same(model, prompts, tmp_path):

@@ -89,9 +89,10 @@ class LatentAttention(Parameters):
     def _materialised(self, q: Tensor, step: Step, pages: Tensor, inv_freq: Tensor) -> Tensor:
         nope = self.config.qk_nope_head_dim
         q = torch.cat((q[..., :nope], rotate(q[..., nope:], step.positions, inv_freq)), dim=-1)
-        (out, lse), *others = (self._attend(q, chunk, step, pages) for chunk in step.chunks)
-        for other in others:
-            out, lse = kimi_ops.merge_attention(out, lse, *other)
+        first, *others = step.chunks
+        out, lse = self._attend(q, first, step, pages)
+        for chunk in others:  # merged at once: only two results are ever held
+            out, lse = kimi_ops.merge_attention(out, lse, *self._attend(q, chunk, step, pages))
         return out
 
     def _attend(

@@ -3,7 +3,7 @@
 Per token and layer the cache holds the normalised latent and the rotated key part, C + R values
 (576 in Kimi K2.5: 70,272 bytes a token over 61 layers in bfloat16). Pages are shared by all
 sequences; a sequence owns the pages in its row of the page table until it is released.
-Bookkeeping is done on the host, so no step ever waits for the device.
+Bookkeeping is done on the host: planning a step reads nothing back from the device.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class LatentCache:
         self.device = torch.device(device)
         width = text.kv_lora_rank + text.qk_rope_head_dim
         self.pages = {
-            layer: torch.zeros((num_pages, page_size, width), dtype=dtype, device=self.device)
+            layer: torch.empty((num_pages, page_size, width), dtype=dtype, device=self.device)
             for layer in check_layers(config, layers)
         }
         self._free = list(range(num_pages - 1, -1, -1))
@@ -136,19 +136,34 @@ class LatentCache:
         del self._lengths[sequence]
         self._free += reversed(self._owned.pop(sequence))
 
-    def extend(self, sequences: Sequence[int], new_tokens: Sequence[int]) -> Step:
+    def extend(
+        self, sequences: Sequence[int], new_tokens: Sequence[int], *, absorbed: bool | None = None
+    ) -> Step:
         """Makes room for new tokens and says where they go.
 
         Args:
             sequences: distinct numbers from `add_sequence`.
             new_tokens: how many each gets, at least 1.
+            absorbed: attend in absorbed form, which needs as many new tokens in each sequence.
+                None takes it where they are that and at most 16; a caller who wants a sequence's
+                rounding not to depend on its neighbours decides it.
 
         Raises:
             KimiError: a sequence would pass the context limit, or the pages do not suffice; nothing
                 has changed then.
         """
-        assert len(set(sequences)) == len(sequences) == len(new_tokens) > 0
-        assert min(new_tokens) > 0
+        if not len(set(sequences)) == len(sequences) == len(new_tokens) > 0:
+            raise KimiError(
+                f"cache: sequences must be distinct, one number of tokens each, got "
+                f"{list(sequences)} and {list(new_tokens)}"
+            )
+        if min(new_tokens) < 1:
+            raise KimiError(f"cache: new_tokens must be at least 1, got {list(new_tokens)}")
+        uniform = len(set(new_tokens)) == 1
+        if absorbed and not uniform:
+            raise KimiError(f"cache: absorbed needs equal new_tokens, got {list(new_tokens)}")
+        if absorbed is None:
+            absorbed = uniform and new_tokens[0] <= DECODE_TOKENS
         lengths = [self._lengths[s] + n for s, n in zip(sequences, new_tokens, strict=True)]
         for sequence, length in zip(sequences, lengths, strict=True):
             if length > self.max_positions:
@@ -167,9 +182,9 @@ class LatentCache:
             while len(self._owned[sequence]) < count:
                 self._owned[sequence].append(self._free.pop())
             self._lengths[sequence] = length
-        return self._step(sequences, tuple(new_tokens))
+        return self._step(sequences, tuple(new_tokens), absorbed)
 
-    def _step(self, sequences: Sequence[int], new_tokens: tuple[int, ...]) -> Step:
+    def _step(self, sequences: Sequence[int], new_tokens: tuple[int, ...], absorbed: bool) -> Step:
         lengths = [self._lengths[s] for s in sequences]
         prefixes = [n - new for n, new in zip(lengths, new_tokens, strict=True)]
         table = torch.full((len(sequences), max(len(self._owned[s]) for s in sequences)), -1)
@@ -177,7 +192,6 @@ class LatentCache:
             table[row, : len(self._owned[sequence])] = torch.tensor(self._owned[sequence])
         spans = list(zip(prefixes, lengths, strict=True))
         positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
-        decode = len(set(new_tokens)) == 1 and new_tokens[0] <= DECODE_TOKENS
         return Step(
             positions=positions.int().to(self.device),
             slots=self._slots(table, spans).to(self.device),
@@ -185,18 +199,19 @@ class LatentCache:
             seq_lens=torch.tensor(lengths, dtype=torch.int32).to(self.device),
             cu_seqlens=self._offsets(new_tokens),
             new_tokens=new_tokens,
-            chunks=() if decode else tuple(self._chunks(table, prefixes, spans)),
+            chunks=() if absorbed else tuple(self._chunks(table, prefixes, spans)),
         )
 
     def _chunks(
         self, table: Tensor, prefixes: list[int], new: list[tuple[int, int]]
     ) -> list[KeyChunk]:
         """The cached prefixes, a part of each at a time, and last the new tokens themselves."""
-        part = max(KEYS_AT_ONCE // len(prefixes), 1)
-        chunks = []
-        for start in range(0, max(prefixes), part):
+        chunks, start = [], 0
+        while start < max(prefixes):
+            part = max(KEYS_AT_ONCE // sum(n > start for n in prefixes), 1)
             spans = [(min(start, n), min(start + part, n)) for n in prefixes]
             chunks.append(self._chunk(table, spans, causal=False))
+            start += part
         return [*chunks, self._chunk(table, new, causal=True)]
 
     def _chunk(self, table: Tensor, spans: list[tuple[int, int]], *, causal: bool) -> KeyChunk:

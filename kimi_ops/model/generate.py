@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +17,8 @@ from kimi_ops.model.errors import KimiError
 if TYPE_CHECKING:
     from kimi_ops.model.cache import LatentCache
     from kimi_ops.model.kimi import KimiK25
+
+_NUCLEUS = 1024  # tokens among which a nucleus is looked for first
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -39,6 +43,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "seed"):
+            value, kinds = getattr(self, name), (int,) if name == "seed" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise KimiError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.temperature < float("inf"):
             raise KimiError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -50,18 +58,33 @@ class Sampling:
         """The next token of ``logits [vocab]`` float32.
 
         Raises:
-            KimiError: a NaN among the logits, from which no token can honestly be drawn.
+            KimiError: logits that are not finite, from which no token can honestly be drawn.
         """
-        if bool(logits.isnan().any()):
-            raise KimiError("the model's logits are NaN: the weights or the input are damaged")
+        best = float(logits.max())  # NaN if there is one
+        if not math.isfinite(best):
+            raise KimiError(
+                f"the model's best logit is {best}: the weights or the input are damaged"
+            )
         if self.temperature == 0:
             return int(logits.argmax())
-        probability = (logits.double() / self.temperature).softmax(-1).cpu()
+        # The best one subtracted first: no temperature, however small, then overflows it.
+        probability = ((logits.double() - best) / self.temperature).softmax(-1).cpu()
         if self.top_p < 1:
-            ordered, order = probability.sort(descending=True, stable=True)
-            # The token that crosses the threshold still belongs to the nucleus.
-            probability[order[ordered.cumsum(0) - ordered >= self.top_p]] = 0
+            probability = self._nucleus(probability)
         return int(torch.multinomial(probability, 1, generator=generator))
+
+    def _nucleus(self, probability: Tensor) -> Tensor:
+        """The probabilities of the most likely tokens up to ``top_p`` together, 0 elsewhere."""
+        # A few hundred tokens hold nearly all of it; sorting 163,840 would cost more than a layer.
+        count = min(_NUCLEUS, len(probability))
+        ordered, order = probability.topk(count)
+        if float(ordered.sum()) < self.top_p:
+            ordered, order = probability.sort(descending=True, stable=True)
+        # The token that crosses the threshold still belongs to the nucleus.
+        inside = ordered.cumsum(0) - ordered < self.top_p
+        kept = torch.zeros_like(probability)
+        kept[order[inside]] = ordered[inside]
+        return kept
 
 
 @dataclass
@@ -73,7 +96,8 @@ class Generation:
         finish_reasons: "stop" (a stop id), "length" (the limit or the end of the context) or
             "interrupted" (Ctrl-C), for each prompt.
         prompt_tokens: of all prompts together.
-        prefill_seconds, decode_seconds: wall-clock time of the two phases.
+        prefill_seconds, decode_seconds: wall-clock time of the two phases; pictures and clips are
+            encoded in the first.
     """
 
     tokens: list[list[int]]
@@ -107,12 +131,34 @@ class _Run:
     tokens: list[int] = field(default_factory=list)
 
 
+def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts as lists of Python integers. Raises `KimiError` for anything else."""
+    checked: list[list[int]] = []
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise KimiError(f"prompts must be a list of lists of ids, got {type(prompts).__name__}")
+    for number, prompt in enumerate(prompts):
+        ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+        if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
+            raise KimiError(f"prompt {number} must be a list of ids, got {type(prompt).__name__}")
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+                raise KimiError(f"prompt {number} must hold token ids, got {token!r}")
+        checked.append(list(ids))
+    return checked
+
+
+def _stream(seed: int, number: int) -> torch.Generator:
+    """Random numbers of one prompt. torch seeds its generator with 32 bits, so these are hashed."""
+    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
 @torch.inference_mode()
 def generate(
     model: KimiK25,
-    prompts: Sequence[Sequence[int]],
+    prompts: list[list[int]],
     *,
-    media: Tensor | None,
+    encode_media: Callable[[], Tensor | None],
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: Sequence[int],
@@ -120,15 +166,15 @@ def generate(
     prefill_chunk: int,
     page_size: int,
 ) -> Generation:
-    """See `KimiK25.generate`; ``media [M, D]`` are the embeddings of all placeholders."""
+    """See `KimiK25.generate`; ``encode_media`` gives ``[M, D]`` for all placeholders."""
     context = model.config.text_config.max_position_embeddings
     for name, value in (
         ("max_new_tokens", max_new_tokens),
         ("prefill_chunk", prefill_chunk),
         ("page_size", page_size),
     ):
-        if value < 1:
-            raise KimiError(f"{name} must be at least 1, got {value}")
+        if not isinstance(value, int) or value < 1:
+            raise KimiError(f"{name} must be an integer of at least 1, got {value!r}")
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise KimiError(f"prompt {number} is empty")
@@ -142,24 +188,9 @@ def generate(
     result = Generation([[] for _ in prompts], ["interrupted" for _ in prompts], sum(lengths))
     if not prompts:
         return result
-    ids = torch.tensor([token for prompt in prompts for token in prompt])
-    embeddings = model.embed(ids, media).split(lengths)
-    # The last new token is never fed back, so it takes no room.
-    rooms = [length + limit - 1 for length, limit in zip(lengths, limits, strict=True)]
-    cache = model.new_cache(num_pages=sum(-(-r // page_size) for r in rooms), page_size=page_size)
-    runs = [
-        _Run(
-            number,
-            embeddings[number],
-            cache.add_sequence(),
-            limits[number],
-            torch.Generator().manual_seed((sampling.seed + 0x9E3779B97F4A7C15 * number) % 2**63),
-            tokens=result.tokens[number],
-        )
-        for number in range(len(prompts))
-    ]
+    runs: list[_Run] = []
 
-    def accept(run: _Run, logits: Tensor) -> None:
+    def accept(run: _Run, logits: Tensor, cache: LatentCache) -> None:
         token = sampling.draw(logits, run.generator)
         if token in stop_ids:
             result.finish_reasons[run.number] = "stop"
@@ -175,26 +206,36 @@ def generate(
     def running() -> list[_Run]:
         return [run for run in runs if result.finish_reasons[run.number] == "interrupted"]
 
-    started = time.perf_counter()
+    started, prefilled = time.perf_counter(), None
     try:
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
+        embeddings = model.embed(ids, encode_media()).split(lengths)
+        # The last new token is never fed back, so it takes no room.
+        rooms = [length + limit - 1 for length, limit in zip(lengths, limits, strict=True)]
+        pages = sum(-(-room // page_size) for room in rooms)
+        cache = model.new_cache(num_pages=pages, page_size=page_size)
+        for number, tokens in enumerate(result.tokens):
+            generator = _stream(sampling.seed, number)
+            run = _Run(number, embeddings[number], cache.add_sequence(), limits[number], generator)
+            run.tokens = tokens
+            runs.append(run)
         while waiting := [run for run in running() if run.prefilled < len(run.embeddings)]:
             _prefill(model, cache, waiting, prefill_chunk, accept)
-        result.prefill_seconds = time.perf_counter() - started
-        started = time.perf_counter()
+        prefilled = time.perf_counter()
         while active := running():
             # Not `model.embed`: a media placeholder that the model itself wrote is plain text.
             last = torch.tensor([run.tokens[-1] for run in active], device=model.device)
             x = model.language.embed(last)
-            step = cache.extend([run.sequence for run in active], [1] * len(active))
+            sequences = [run.sequence for run in active]
+            step = cache.extend(sequences, [1] * len(active), absorbed=True)
             hidden = model.hidden_states(x, step, cache)
             for run, logits in zip(active, model.language.logits(hidden), strict=True):
-                accept(run, logits)
+                accept(run, logits, cache)
     except KeyboardInterrupt:
         pass  # what there is so far is the result; the reasons say that it was interrupted
-    if result.prefill_seconds:
-        result.decode_seconds = time.perf_counter() - started
-    else:
-        result.prefill_seconds = time.perf_counter() - started
+    ended = time.perf_counter()
+    result.prefill_seconds = (prefilled or ended) - started
+    result.decode_seconds = ended - prefilled if prefilled else 0.0
     return result
 
 
@@ -203,11 +244,12 @@ def _prefill(
     cache: LatentCache,
     runs: list[_Run],
     chunk: int,
-    accept: Callable[[_Run, Tensor], None],
+    accept: Callable[[_Run, Tensor, LatentCache], None],
 ) -> None:
     """The next chunk of each prompt; the first new token of those that are through."""
     parts = [run.embeddings[run.prefilled : run.prefilled + chunk] for run in runs]
-    step = cache.extend([run.sequence for run in runs], [len(part) for part in parts])
+    sequences = [run.sequence for run in runs]
+    step = cache.extend(sequences, [len(part) for part in parts], absorbed=False)
     hidden = model.hidden_states(torch.cat(parts), step, cache)
     ends = step.cu_seqlens[1:].long() - 1
     done = []
@@ -218,4 +260,4 @@ def _prefill(
     if done:
         logits = model.language.logits(hidden[ends[[row for row, _ in done]]])
         for (_, run), row_logits in zip(done, logits, strict=True):
-            accept(run, row_logits)
+            accept(run, row_logits, cache)

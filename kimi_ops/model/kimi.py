@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kimi_ops.model.cache import LatentCache, Step
 from kimi_ops.model.checkpoint import load_parameters, open_checkpoint, save_checkpoint
+from kimi_ops.model.checkpoint_writer import RANDOM_MARK
 from kimi_ops.model.config import KimiK25Config
 from kimi_ops.model.errors import KimiError, MediaError
-from kimi_ops.model.generate import Generation, Sampling, generate
+from kimi_ops.model.generate import Generation, Sampling, checked_prompts, generate
 from kimi_ops.model.language import LanguageModel
 from kimi_ops.model.progress import Progress
 from kimi_ops.model.projector import Projector
-from kimi_ops.model.vision import VisionTower
+from kimi_ops.model.vision import VisionTower, merged_lengths
 from kimi_ops.model.weight_map import check_layers, fused_parameters
+
+# What stands beside the weights of a checkpoint and belongs to it.
+SMALL_FILES = (
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "generation_config.json",
+    RANDOM_MARK,
+)
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 class KimiK25(nn.Module):
@@ -49,6 +63,7 @@ class KimiK25(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.source: Path | None = None  # the folder it was loaded from
         self.decoder_layers = check_layers(config, layers)
         specs = fused_parameters(config, self.decoder_layers, dtype=dtype, scale_dtype=scale_dtype)
         self.language = LanguageModel(config.text_config, self.decoder_layers, specs, device)
@@ -93,15 +108,51 @@ class KimiK25(nn.Module):
         )
         frozen = {k: nn.Parameter(v, requires_grad=False) for k, v in parameters.items()}
         model.load_state_dict(frozen, strict=True, assign=True)
-        model.language.inv_freq = model.language.inv_freq.to(device)
+        model.language.to(device)  # what is not loaded but computed
+        model.source = Path(path)
         return model
 
-    def save_pretrained(self, path: str | Path, **options: Any) -> None:
-        """Writes a checkpoint in the released format; options as `checkpoint.save_checkpoint`."""
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        max_shard_bytes: int | None = None,
+        overwrite: bool = False,
+        progress: Progress = True,
+    ) -> None:
+        """Writes a checkpoint in the released format, complete with the small files of its source.
+
+        Tokenizer, template, preprocessing and generation settings are copied from the folder that
+        the model was loaded from, and so is the mark of random weights.
+
+        Args:
+            path: folder; empty or new unless ``overwrite``.
+            max_shard_bytes: tensor data per shard; one decoder layer per shard if None.
+            overwrite: replace the checkpoint in the folder.
+            progress: as `from_pretrained`.
+
+        Raises:
+            CheckpointError: a folder that is not empty, or a write that fails.
+        """
         layers = self.decoder_layers
         whole = len(layers) == self.config.text_config.num_hidden_layers
-        chosen = None if whole else layers
-        save_checkpoint(path, self.config, dict(self.state_dict()), layers=chosen, **options)
+        beside = {}
+        if self.source is not None:
+            beside = {
+                n: (self.source / n).read_bytes()
+                for n in SMALL_FILES
+                if (self.source / n).is_file()
+            }
+        save_checkpoint(
+            path,
+            self.config,
+            dict(self.state_dict()),
+            layers=None if whole else layers,
+            max_shard_bytes=max_shard_bytes,
+            extra_files=beside,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +185,13 @@ class KimiK25(nn.Module):
         Raises:
             MediaError: sizes that do not belong together.
         """
+        for name, value in (("pixel_values", pixel_values), ("grid_thws", grid_thws)):
+            if not isinstance(value, Tensor):
+                raise MediaError(f"{name} must be a tensor, got {type(value).__name__}")
+        if grid_thws.dim() != 2 or grid_thws.shape[1] != 3 or not _is_integer(grid_thws):
+            raise MediaError(
+                f"grid_thws must be [n, 3] integers, got {list(grid_thws.shape)} {grid_thws.dtype}"
+            )
         projector = self.projector
         grid_thws = grid_thws.to("cpu", torch.int64)
         merged = self.vision(
@@ -203,28 +261,57 @@ class KimiK25(nn.Module):
             KimiError: an id outside the vocabulary, or T over the context limit.
             MediaError: media and placeholders that do not match.
         """
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
+        if not isinstance(input_ids, Tensor):
+            raise KimiError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+        if input_ids.dim() != 2 or not _is_integer(input_ids):
             raise KimiError(
                 f"input_ids must be [B, T] integers, got {list(input_ids.shape)} {input_ids.dtype}"
             )
         batch, tokens = input_ids.shape
         vocabulary = self.config.text_config.vocab_size
+        self._check_media(input_ids.tolist(), pixel_values, grid_thws)
         media = self._media(pixel_values, grid_thws)
         x = self.embed(input_ids.flatten(), media)
         if input_ids.numel() == 0:
             return self.language.logits(x).view(batch, tokens, vocabulary)
         page_size = 64
         cache = self.new_cache(num_pages=batch * -(-tokens // page_size), page_size=page_size)
-        step = cache.extend([cache.add_sequence() for _ in range(batch)], [tokens] * batch)
+        sequences = [cache.add_sequence() for _ in range(batch)]
+        step = cache.extend(sequences, [tokens] * batch, absorbed=False)
         hidden = self.hidden_states(x, step, cache)
         return self.language.logits(hidden).view(batch, tokens, vocabulary)
 
     def _media(self, pixel_values: Tensor | None, grid_thws: Tensor | None) -> Tensor | None:
         if (pixel_values is None) != (grid_thws is None):
             raise MediaError("pixel_values and grid_thws must be given together")
-        if pixel_values is None or grid_thws is None or len(grid_thws) == 0:
+        if pixel_values is None or grid_thws is None:
             return None
         return self.encode_media(pixel_values, grid_thws)
+
+    def _check_media(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pixel_values: Tensor | None,
+        grid_thws: Tensor | None,
+    ) -> None:
+        """Each prompt's placeholders must be those of whole pictures and chunks.
+
+        Says so before anything is computed; the total number is checked by `embed`.
+        """
+        if (pixel_values is None) != (grid_thws is None):
+            raise MediaError("pixel_values and grid_thws must be given together")
+        if not isinstance(grid_thws, Tensor) or grid_thws.dim() != 2 or grid_thws.shape[1] != 3:
+            return
+        ends = {0, *merged_lengths(grid_thws.to("cpu", torch.int64)).cumsum(0).tolist()}
+        placeholder, count = self.config.media_placeholder_token_id, 0
+        for number, prompt in enumerate(prompts):
+            own = sum(token == placeholder for token in prompt)
+            count += own
+            if count not in ends and count <= max(ends):
+                raise MediaError(
+                    f"prompt {number} has {own} media placeholders, which ends amid a picture or "
+                    "chunk of a clip; its media must have as many tokens"
+                )
 
     def generate(
         self,
@@ -239,35 +326,38 @@ class KimiK25(nn.Module):
         prefill_chunk: int = 2048,
         page_size: int = 64,
     ) -> Generation:
-        """Continues several prompts at once.
+        """Continues several prompts at once, without gradients.
 
         Args:
             prompts: token ids of each, of any lengths from 1.
             pixel_values, grid_thws: media of all prompts in order of appearance, as `forward`.
             max_new_tokens: at most so many per prompt; fewer where the context ends.
             sampling: temperature, top-p and seed; greedy if None.
-            stop_ids: ids that end a continuation (not part of it); the config's end of text if
-                None. A tokenizer knows more: `KimiTokenizer.stop_ids`.
+            stop_ids: ids that end a continuation (not part of it); if None the end of text and
+                the end of a turn, which is the id after it in every vocabulary of this family.
             on_token: called with (number of the prompt, token id) for each new token, at once.
             prefill_chunk: prompt tokens per step and prompt; bounds the memory of long prompts.
             page_size: of the cache.
 
         Returns:
             New tokens, why each continuation ended, and timings. Ctrl-C ends it cleanly with what
-            there is; a prompt's result does not depend on which others are beside it, up to the
-            rounding of the matrix products.
+            there is. A prompt's greedy result does not depend on which others are beside it, up to
+            the rounding of torch's matrix products; a sampled one depends on its number too.
 
         Raises:
             KimiError: an empty prompt, a prompt over the context limit, a bad number.
             MediaError: media and placeholders that do not match.
         """
+        prompts = checked_prompts(prompts)
+        self._check_media(prompts, pixel_values, grid_thws)
+        eos = self.config.eos_token_id
         return generate(
             self,
             prompts,
-            media=self._media(pixel_values, grid_thws),
+            encode_media=lambda: self._media(pixel_values, grid_thws),
             max_new_tokens=max_new_tokens,
             sampling=sampling or Sampling(),
-            stop_ids=[self.config.eos_token_id] if stop_ids is None else list(stop_ids),
+            stop_ids=[eos, eos + 1] if stop_ids is None else list(stop_ids),
             on_token=on_token,
             prefill_chunk=prefill_chunk,
             page_size=page_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class DecoderLayer(Parameters):
             self.moe = MixtureOfExperts(config, specs, f"{prefix}.moe", device)
         else:
             self.mlp = DenseMLP(specs, f"{prefix}.mlp", device)
-        self.feed_forward = self.moe.forward if config.is_moe_layer(layer) else self.mlp.forward
+        self.routed = config.is_moe_layer(layer)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, step: Step, pages: Tensor, inv_freq: Tensor
@@ -57,7 +57,7 @@ class DecoderLayer(Parameters):
         normal, residual = kimi_ops.add_rms_norm(
             attended, residual, self.post_attention_layernorm, self.eps
         )
-        return self.feed_forward(normal), residual
+        return (self.moe if self.routed else self.mlp)(normal), residual
 
 
 class LanguageModel(Parameters):
@@ -96,6 +96,19 @@ class LanguageModel(Parameters):
             {str(layer): DecoderLayer(config, layer, specs, device) for layer in layers}
         )
         self.register_buffer("inv_freq", yarn_inv_freq(config), persistent=False)
+        self._place_inv_freq()
+
+    def _place_inv_freq(self) -> None:
+        """Float32 and on the parameters' device, whatever happened to them."""
+        device = self.embed_tokens.device
+        if device.type != "meta":
+            self.inv_freq = yarn_inv_freq(self.config).to(device)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> LanguageModel:
+        # .half(), .to(device), .to_empty() and the like go through here; angles stay float32.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_inv_freq()
+        return self
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """``[T]`` int64 to ``[T, D]``."""

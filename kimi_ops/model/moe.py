@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,21 @@ class MixtureOfExperts(Parameters):
         super().__init__(specs, prefix, device)
         self.config = config
         self.quantized = f"{prefix}.gate_up_packed" in specs
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MixtureOfExperts:
+        # .half() and the like leave these alone: the bias is float32 by definition (its small steps
+        # would vanish), and scales belong to the stored weights.
+        kept = {
+            n: p.data
+            for n, p in self._parameters.items()
+            if p is not None and (n == "bias" or n.endswith("_scale"))
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, data in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, D]`` to ``[T, D]``."""

@@ -14,6 +14,7 @@ from kimi_ops.model.errors import ConfigError, MediaError
 from kimi_ops.model.parameters import Parameters
 from kimi_ops.model.weight_map import TensorSpec
 
+MAX_SIDE = 512  # patches; what the released rotary tables and preprocessing allow
 LAYER_NORM_EPS = 1e-5  # of the encoder; the released file gives only the projector's
 
 
@@ -125,19 +126,17 @@ class VisionTower(Parameters):
     def _check(self, pixel_values: Tensor, grid_thws: Tensor) -> Tensor:
         """Patches per entry, ``[n]``; everything that the ops leave to their caller."""
         patch = self.config.patch_size
-        if grid_thws.dim() != 2 or grid_thws.shape[1] != 3 or grid_thws.is_floating_point():
-            raise MediaError(
-                f"grid_thws must be [n, 3] integers, got {list(grid_thws.shape)} {grid_thws.dtype}"
-            )
         if pixel_values.shape[1:] != (3, patch, patch):
             raise MediaError(
                 f"pixel_values must be [L, 3, {patch}, {patch}], got {list(pixel_values.shape)}"
             )
         for entry, (t, h, w) in enumerate(grid_thws.tolist()):
-            if not (1 <= t <= self.config.init_pos_emb_time and h > 0 and w > 0) or h % 2 or w % 2:
+            frames = self.config.init_pos_emb_time
+            sides = all(0 < side <= MAX_SIDE and side % 2 == 0 for side in (h, w))
+            if not (1 <= t <= frames and sides):
                 raise MediaError(
-                    f"grid_thws[{entry}] must be 1 to {self.config.init_pos_emb_time} frames of an "
-                    f"even number of rows and columns, got {(t, h, w)}"
+                    f"grid_thws[{entry}] must be 1 to {frames} frames of an even number of rows "
+                    f"and columns, at most {MAX_SIDE}, got {(t, h, w)}"
                 )
         lengths = grid_thws.prod(1)
         if int(lengths.sum()) != len(pixel_values):
