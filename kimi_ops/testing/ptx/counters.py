@@ -1,0 +1,148 @@
+"""What a launch did, counted: instructions, traffic, conflicts.
+
+A memory instruction of a warp touches global memory in sectors of 32 bytes; the ideal is as many
+sectors as its distinct bytes fill. It touches shared memory in wavefronts: 32 banks of 4 bytes each
+serve one word at a time, and a warp is served in phases of at most 128 bytes, so that the ideal is
+one wavefront per phase.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from kimi_ops.testing.ptx.types import WARP, Array
+
+SECTOR_BYTES = 32
+BANKS = 32
+
+
+@dataclass
+class Traffic:
+    """Counts of one instruction, one source line or one launch; all of warps that were active.
+
+    Attributes:
+        global_load_bytes, global_store_bytes: asked for by threads, atomics excluded.
+        global_sectors, global_sectors_ideal: of 32 bytes, per warp and instruction.
+        shared_load_bytes, shared_store_bytes: asked for by threads.
+        shared_wavefronts, shared_wavefronts_ideal: per warp and instruction.
+        atomics: thread-level atomic operations.
+        async_copy_bytes: global to shared by cp.async; also in the global and shared counts.
+        multiply_adds: of matrix instructions.
+    """
+
+    global_load_bytes: int = 0
+    global_store_bytes: int = 0
+    global_sectors: int = 0
+    global_sectors_ideal: int = 0
+    shared_load_bytes: int = 0
+    shared_store_bytes: int = 0
+    shared_wavefronts: int = 0
+    shared_wavefronts_ideal: int = 0
+    atomics: int = 0
+    async_copy_bytes: int = 0
+    multiply_adds: int = 0
+
+    def add(self, other: Traffic) -> None:
+        """Adds another's counts to this one."""
+        for f in fields(Traffic):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass
+class Counts(Traffic):
+    """Counts of a launch or of a source line.
+
+    Attributes:
+        instructions: warp instructions issued, by class: "integer", "float", "conversion",
+            "move", "memory", "warp", "matrix", "async copy", "barrier", "control".
+        opcodes: the same by opcode without types, e.g. "ld.global".
+        barriers: CTA barriers completed (whole launch only).
+    """
+
+    instructions: Counter[str] = field(default_factory=Counter)
+    opcodes: Counter[str] = field(default_factory=Counter)
+    barriers: int = 0
+
+    @property
+    def warp_instructions(self) -> int:
+        """Of all classes."""
+        return sum(self.instructions.values())
+
+
+def by_warp(values: Array, lanes: Array, lane_count: int) -> Array:
+    """[k] values of the lanes [k] as [active warps, 32], -1 for inactive lanes."""
+    if len(lanes) == lane_count:
+        return values.reshape(-1, WARP)
+    spread = np.full(lane_count, -1, np.int64)
+    spread[lanes] = values
+    rows = spread.reshape(-1, WARP)
+    active = np.zeros(lane_count // WARP, bool)
+    active[lanes // WARP] = True
+    return rows[active]
+
+
+def _distinct(rows: Array) -> Array:
+    """Number of distinct non-negative values in each row."""
+    ordered = np.sort(rows, axis=1)
+    fresh = np.ones(ordered.shape, bool)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return (fresh & (ordered >= 0)).sum(1)
+
+
+class _Remembered:
+    """Recomputes a count only when the pattern of addresses differs from the last one.
+
+    Loops repeat their pattern at other base addresses; both counts are the same for a shift by a
+    multiple of ``period`` bytes.
+    """
+
+    period = SECTOR_BYTES
+
+    def __init__(self) -> None:
+        self._pattern: Array | None = None
+        self._answer = (0, 0)
+
+    def count(self, rows: Array, size: int) -> tuple[int, int]:
+        """(actual, ideal) of accesses of ``size`` bytes at addresses [warps, 32], -1 inactive."""
+        first = rows.max(axis=1, keepdims=True)
+        pattern = np.where(rows < 0, -1, rows - first // self.period * self.period + (1 << 48))
+        if self._pattern is None or not np.array_equal(pattern, self._pattern):
+            self._pattern = pattern
+            self._answer = self._compute(pattern, size)
+        return self._answer
+
+    def _compute(self, rows: Array, size: int) -> tuple[int, int]:
+        raise NotImplementedError
+
+
+class Sectors(_Remembered):
+    """Sectors of a global access."""
+
+    def _compute(self, rows: Array, size: int) -> tuple[int, int]:
+        sectors = np.where(rows < 0, -1, rows // SECTOR_BYTES)
+        ideal = -(-_distinct(rows) * size // SECTOR_BYTES)
+        return int(_distinct(sectors).sum()), int(ideal.sum())
+
+
+class Wavefronts(_Remembered):
+    """Wavefronts of a shared access."""
+
+    period = 4 * BANKS
+
+    def _compute(self, rows: Array, size: int) -> tuple[int, int]:
+        words = max(1, size // 4)
+        per_phase = WARP // words
+        phases = rows.reshape(-1, per_phase)
+        phases = phases[(phases >= 0).any(1)]
+        word = phases[:, :, None] // 4 + np.arange(words)
+        word[phases < 0] = -1
+        flat = np.sort(word.reshape(len(phases), -1), axis=1)
+        fresh = np.ones(flat.shape, bool)
+        fresh[:, 1:] = flat[:, 1:] != flat[:, :-1]
+        fresh &= flat >= 0
+        slot = np.arange(len(phases))[:, None] * BANKS + flat % BANKS
+        load = np.bincount(slot[fresh], minlength=len(phases) * BANKS)
+        return int(load.reshape(-1, BANKS).max(axis=1).sum()), len(phases)

@@ -1,0 +1,77 @@
+"""Barriers of the CTA and fences.
+
+Source: PTX ISA 8.7, sections 9.7.13.1 (bar, barrier), 9.7.13.4 (membar, fence).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kimi_ops.testing.ptx.barriers import BARRIERS
+from kimi_ops.testing.ptx.binding import Active, Binder, Step
+from kimi_ops.testing.ptx.errors import Divergence
+from kimi_ops.testing.ptx.registry import instruction
+from kimi_ops.testing.ptx.syntax import Immediate
+from kimi_ops.testing.ptx.types import TYPES, WARP, Array
+
+U32 = TYPES["u32"]
+
+
+def _uniform(b: Binder, operand: int, active: Active) -> int:
+    """An operand that must be the same in all active lanes."""
+    value = b.src(operand, U32)
+    if np.ndim(value) == 0:
+        return int(value)
+    picked = value[active.lanes]
+    if (picked != picked[0]).any():
+        raise b.site.fail(
+            Divergence, "a barrier number or count that differs between threads", active.lanes[0]
+        )
+    return int(picked[0])
+
+
+@instruction(
+    "bar.sync bar.cta.sync barrier.sync barrier.cta.sync bar.arrive bar.cta.arrive "
+    "barrier.arrive barrier.cta.arrive",
+    family="barrier",
+    section="9.7.13.1",
+    modifiers="aligned",
+    results=0,
+    control=True,
+)
+def barrier(b: Binder) -> Step:
+    """Waits at (or only arrives at) barrier a for b threads, all of the CTA by default."""
+    if b.ins.guard is not None:
+        raise b.unsupported("a predicated barrier")
+    wait = "sync" in b.entry.opcode
+    if isinstance(b.ins.operands[0], Immediate) and not 0 <= b.integer(0) < BARRIERS:
+        raise b.unsupported(f"barrier number {b.integer(0)}")
+    if not wait and not b.has(1):
+        raise b.unsupported("arrive without a thread count")
+
+    def step(active: Active) -> list[tuple[int, Array | None]]:
+        full = np.where(active.bits != 0, np.uint32(0xFFFFFFFF), np.uint32(0))
+        b.machine.converged(active, full, "divergent barrier")
+        number = _uniform(b, 0, active)
+        threads = _uniform(b, 1, active) if b.has(1) else None
+        if not 0 <= number < BARRIERS:
+            raise b.site.fail(Divergence, f"barrier number {number}", active.lanes[0])
+        if threads is not None and (threads <= 0 or threads % WARP):
+            raise b.site.fail(
+                Divergence, f"barrier for {threads} threads, no multiple of 32", active.lanes[0]
+            )
+        return b.machine.barriers.arrive(b.site, active, number, threads, wait=wait)
+
+    return step
+
+
+@instruction(
+    "membar fence",
+    family="barrier",
+    section="9.7.13.4",
+    modifiers="cta gl sys gpu cluster sc acq_rel acquire release",
+    results=0,
+)
+def fence(b: Binder) -> Step:
+    """Orders the thread's accesses; makes the kernel's atomics acquire and release."""
+    return lambda active: None

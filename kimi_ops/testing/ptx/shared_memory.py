@@ -1,0 +1,231 @@
+"""Shared memory of a batch of CTAs, and the local memory of its threads.
+
+Source: PTX ISA 8.7, sections 5.1.5 (local), 5.1.8 (shared).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kimi_ops.testing.ptx.counters import by_warp
+from kimi_ops.testing.ptx.errors import MissingWait, Uninitialised
+from kimi_ops.testing.ptx.memory import (
+    Update,
+    aligned,
+    in_bounds,
+    one_by_one,
+    rows_of,
+    uninitialised,
+)
+from kimi_ops.testing.ptx.races import SharedRaces
+from kimi_ops.testing.ptx.types import BITS, Array
+
+if TYPE_CHECKING:
+    from kimi_ops.testing.ptx.binding import Site
+
+
+class SharedMemory:
+    """Shared memory of a batch of CTAs.
+
+    Args:
+        ctas, warps: in the batch; warps per CTA.
+        size: bytes per CTA.
+        granule: bytes per race stamp.
+    """
+
+    def __init__(
+        self, ctas: int, warps: int, size: int, granule: int, cta_of: Array, warp_of: Array
+    ) -> None:
+        self.size = size
+        self.stride = -(-size // 128) * 128
+        self.granule = granule
+        self.ctas = ctas
+        self.base = cta_of.astype(np.int64) * self.stride
+        self.data = np.zeros(ctas * self.stride, np.uint8)
+        self.flags = np.zeros(ctas * self.stride, np.uint8)
+        self.pending: Array | None
+        self.check_races = True
+        self.check_initialised = True
+        self._shape = (ctas, warps, self.stride // granule, cta_of, warp_of)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything, for a new batch."""
+        self.data[:] = 0xAA
+        self.flags[:] = 0
+        self.pending = None
+        self.races = SharedRaces(*self._shape)
+
+    def _place(self, site: Site, lanes: Array, address: Array, size: int) -> Array:
+        aligned(site, lanes, address, size, "shared")
+        in_bounds(site, lanes, address, size, 0, self.size, "shared memory")
+        rows = by_warp(address, lanes, len(self.base))
+        wavefronts, ideal = site.wavefronts.count(rows, size)
+        site.traffic.shared_wavefronts += wavefronts
+        site.traffic.shared_wavefronts_ideal += ideal
+        place: Array = self.base[lanes] + address
+        return place
+
+    def cells(self, place: Array, size: int) -> Array:
+        """Granules [k, n] of accesses of ``size`` bytes at places [k]."""
+        count = max(1, size // self.granule)
+        first = (place // self.granule)[:, None]
+        return first + np.arange(count) if count > 1 else first
+
+    def _in_flight(self, site: Site, lanes: Array, cells: Array, address: Array) -> None:
+        if self.pending is None:
+            return
+        bad = (self.pending[cells] != 0).any(axis=1)
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            raise site.fail(
+                MissingWait,
+                f"shared memory + {int(address[at])} is used while an asynchronous copy into it, "
+                f"issued at PTX line {int(self.pending[cells[at]].max())}, is in flight",
+                lanes[at],
+            )
+
+    def read(
+        self, site: Site, lanes: Array, address: Array, unit: int, count: int, *, plain: bool = True
+    ) -> Array:
+        """Reads ``count`` numbers per lane at addresses [k] in the shared window."""
+        size = unit * count
+        place = self._place(site, lanes, address, size)
+        index = place // size
+        cells = self.cells(place, size)
+        self._in_flight(site, lanes, cells, address)
+        if self.check_initialised:
+            bad = uninitialised(self.flags, index, size)
+            if bad.any():
+                at = int(np.flatnonzero(bad)[0])
+                raise site.fail(
+                    Uninitialised,
+                    f"read of shared memory + {int(address[at])}, never written",
+                    lanes[at],
+                )
+        if self.check_races and plain:
+            self.races.on_read(lanes, cells, site.line, site.race("shared memory", lanes, address))
+        site.traffic.shared_load_bytes += len(lanes) * size
+        values: Array = rows_of(self.data, unit, count)[index]
+        return values
+
+    def write(
+        self, site: Site, lanes: Array, address: Array, data: Array, *, plain: bool = True
+    ) -> None:
+        """Writes data [k, count]."""
+        unit, count = data.dtype.itemsize, data.shape[1]
+        size = unit * count
+        place = self._place(site, lanes, address, size)
+        index = place // size
+        cells = self.cells(place, size)
+        self._in_flight(site, lanes, cells, address)
+        rows = rows_of(self.data, unit, count)
+        report = site.race("shared memory", lanes, address)
+        if self.check_races and plain:
+            same = (rows[index] == data).all(axis=1)[:, None] & np.ones(cells.shape, bool)
+            self.races.on_write(lanes, cells, site.line, report, same=same)
+        rows[index] = data
+        lost = (rows[index] != data).any(axis=1)
+        if self.check_races and lost.any():
+            raise report(int(np.flatnonzero(lost)[0]), "two threads write different values at once")
+        self.set_flags(index, size)
+        site.traffic.shared_store_bytes += len(lanes) * size
+
+    def start_write(self, site: Site, lanes: Array, address: Array, size: int) -> Array:
+        """Checks a write that lands later; returns places [k] in the batch's memory."""
+        place = self._place(site, lanes, address, size)
+        cells = self.cells(place, size)
+        self._in_flight(site, lanes, cells, address)
+        if self.check_races:
+            self.races.on_write(lanes, cells, site.line, site.race("shared memory", lanes, address))
+        site.traffic.shared_store_bytes += len(lanes) * size
+        return place
+
+    def pend(self, cells: Array, line: int) -> None:
+        """Marks granules as the destination of a copy in flight, issued at a PTX line."""
+        if self.pending is None:
+            self.pending = np.zeros(len(self.data) // self.granule, np.int32)
+        self.pending[cells] = line
+
+    def land(self, lanes: Array, cells: Array, line: int) -> None:
+        """A copy arrives: from now on it is a write of the lanes that waited for it."""
+        assert self.pending is not None
+        self.pending[cells] = 0
+        self.races.written[cells] = self.races.stamp[lanes][:, None]
+        self.races.written_line[cells] = line
+
+    def set_flags(self, index: Array, size: int) -> None:
+        """Marks accesses of ``size`` bytes, at multiples ``index`` of it, as initialised."""
+        unit = min(size, 8)
+        rows_of(self.flags, unit, size // unit)[index] = int.from_bytes(b"\1" * unit, "little")
+
+    def update(
+        self, site: Site, lanes: Array, address: Array, unit: int, function: Update
+    ) -> Array:
+        """Atomics in shared memory: old values [k]."""
+        place = self._place(site, lanes, address, unit)
+        index = place // unit
+        self._in_flight(site, lanes, self.cells(place, unit), address)
+        bad = uninitialised(self.flags, index, unit)
+        if self.check_initialised and bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            raise site.fail(
+                Uninitialised,
+                f"atomic on shared memory + {int(address[at])}, never written",
+                lanes[at],
+            )
+        if self.check_races:
+            report = site.race("shared memory", lanes, address)
+            self.races.on_write(lanes, self.cells(place, unit), site.line, report, atomic=True)
+        result = np.empty(len(lanes), BITS[unit])
+        one_by_one(
+            rows_of(self.data, unit, 1)[:, 0], index, np.arange(len(lanes)), function, result
+        )
+        site.traffic.atomics += len(lanes)
+        return result
+
+
+class LocalMemory:
+    """Memory of each thread: `.local` variables and the parameters of inlined calls."""
+
+    def __init__(self, lanes: int, size: int) -> None:
+        self.size = size
+        self.stride = -(-size // 16) * 16
+        self.data = np.zeros(lanes * self.stride, np.uint8)
+        self.flags = np.zeros(lanes * self.stride, np.uint8)
+
+    def _index(self, site: Site, lanes: Array, address: Array, size: int) -> Array:
+        aligned(site, lanes, address, size, "local")
+        in_bounds(site, lanes, address, size, 0, self.size, "local memory")
+        index: Array = (lanes * self.stride + address) // size
+        return index
+
+    def read(
+        self, site: Site, lanes: Array, address: Array, unit: int, count: int, *, plain: bool = True
+    ) -> Array:
+        """Reads ``count`` numbers per lane."""
+        index = self._index(site, lanes, address, unit * count)
+        bad = uninitialised(self.flags, index, unit * count)
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            raise site.fail(
+                Uninitialised,
+                f"read of local memory + {int(address[at])}, never written",
+                lanes[at],
+            )
+        values: Array = rows_of(self.data, unit, count)[index]
+        return values
+
+    def write(
+        self, site: Site, lanes: Array, address: Array, data: Array, *, plain: bool = True
+    ) -> None:
+        """Writes data [k, count]."""
+        unit, count = data.dtype.itemsize, data.shape[1]
+        size = unit * count
+        index = self._index(site, lanes, address, size)
+        rows_of(self.data, unit, count)[index] = data
+        rows_of(self.flags, min(size, 8), max(1, size // 8))[index] = int.from_bytes(
+            b"\1" * min(size, 8), "little"
+        )
