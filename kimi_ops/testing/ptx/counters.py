@@ -8,6 +8,7 @@ one wavefront per phase.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
@@ -92,7 +93,7 @@ def _distinct(rows: Array) -> Array:
     return (fresh & (ordered >= 0)).sum(1)
 
 
-class _Remembered:
+class _Remembered(ABC):
     """Recomputes a count only when the pattern of addresses differs from the last one.
 
     Loops repeat their pattern at other base addresses; both counts are the same for a shift by a
@@ -114,8 +115,9 @@ class _Remembered:
             self._answer = self._compute(pattern, size)
         return self._answer
 
+    @abstractmethod
     def _compute(self, rows: Array, size: int) -> tuple[int, int]:
-        raise NotImplementedError
+        """(actual, ideal) of one pattern."""
 
 
 class Sectors(_Remembered):
