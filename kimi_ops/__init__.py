@@ -7,6 +7,8 @@ backend runs a call, `use_backend` chooses one. The model is `kimi_ops.model`.
 
 from __future__ import annotations
 
+from kimi_ops import _ctrl_c  # noqa: F401  before torch, whose import takes seconds
+from kimi_ops._batch_invariant import batch_invariant
 from kimi_ops._dispatch import (
     BackendError,
     Explanation,
@@ -24,6 +26,7 @@ __all__ = [
     "BackendError",
     "Explanation",
     "__version__",
+    "batch_invariant",
     "explain",
     "op_names",
     "register_backend",

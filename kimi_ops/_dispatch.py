@@ -4,7 +4,9 @@ An op has one contract (`kimi_ops/ops/<op>.py`) and up to four backends, each on
 
 - ``unsupported(*args) -> str | None``: why this backend cannot run these arguments, or None;
 - ``launch(outputs, *args) -> None``: writes every element of ``outputs``, which is what the op's
-  own ``outputs(*args)`` allocated (a tensor, a tuple of tensors, or None for an in-place op).
+  own ``outputs(*args)`` allocated (a tensor, a tuple of tensors, or None for an in-place op);
+- ``BATCH_INVARIANT = True`` if in `batch_invariant` mode its results for a row do not depend on the
+  rest of the batch. Without it the backend is refused in that mode.
 
 The module of a backend is imported at the first call that considers it, never before, so that
 importing this package needs neither Triton nor CuPy nor a compiler.
@@ -28,6 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops._check import Checks
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -43,6 +46,9 @@ _NEEDS = {  # backend: (module it cannot do without, how to get it)
     "triton": ("triton", "pip install 'triton>=3.4'"),
     "cuda": ("cupy", "pip install cupy-cuda13x (or cupy-cuda12x)"),
 }
+_GPU = ("triton", "cuda")
+# Of those the ones whose launches an emulator or an interpreter takes over just now (`simulated`).
+_SIMULATED: list[str] = []
 
 _LIBRARY = torch.library.Library("kimi_ops", "DEF")
 _OPS: dict[str, Op] = {}
@@ -78,6 +84,7 @@ class Op:
         self.outputs = outputs
         self._device_arg = self.params.index(next(iter(self.checks.tensors)))
         self._loaded: dict[str, Backend | str] = {}
+        self._simulated: dict[str, Backend | str] = {}
         self._automatic: dict[str, tuple[Backend, ...]] = {}
 
         # Defined without ops.impl per device beyond these two: on any other device torch itself
@@ -152,7 +159,7 @@ class Op:
             candidates = tuple(b for b in loaded if not isinstance(b, str))
             self._automatic[device] = candidates
         for backend in candidates:
-            if backend.unsupported(*args) is None:
+            if _refusal(backend, args) is None:
                 return backend
         reasons = explain(self.name, *args)
         raise BackendError(f"{self.name}: no backend can run this call\n{reasons}")
@@ -172,7 +179,16 @@ class Op:
         backend = self.load(name)
         if isinstance(backend, str):
             return backend
-        return None if args is None else backend.unsupported(*args)
+        if args is None:
+            return None
+        device = args[self._device_arg].device
+        if name in _GPU and device.type != "cuda" and name not in _SIMULATED:
+            return (
+                f"its kernels run on a GPU, the tensors are on {device}; without one they run in "
+                "kimi_ops.testing.runner.emulated()"
+                + (" or kimi_ops.testing.triton_interpreter.interpreted()" * (name == "triton"))
+            )
+        return _refusal(backend, args)
 
     def order(self, device: str) -> tuple[str, ...]:
         """Backends that the automatic choice considers on this type of device, best first."""
@@ -181,21 +197,28 @@ class Op:
 
     def load(self, name: str) -> Backend | str:
         """The backend's module, or the reason why there is none."""
-        if name not in self._loaded:
+        loaded = self._simulated if name in _SIMULATED else self._loaded
+        if name not in loaded:
             if name not in BACKENDS:
                 return f"no such backend; there are {', '.join(self.known_backends())}"
-            self._loaded[name] = _load(self.name, name)
-        return self._loaded[name]
+            loaded[name] = _load(self.name, name)
+        return loaded[name]
 
     def known_backends(self) -> tuple[str, ...]:
         """The package's backends and those added by `register_backend`."""
         return BACKENDS + tuple(n for n in self._loaded if n not in BACKENDS)
 
 
+def _refusal(backend: Backend, args: tuple[Any, ...]) -> str | None:
+    if is_batch_invariant() and not getattr(backend, "BATCH_INVARIANT", False):
+        return "batch-invariant mode is on, and it does not promise results that keep to it"
+    return backend.unsupported(*args)
+
+
 def _load(op: str, backend: str) -> Backend | str:
     if not has_kernel(op, backend):
         return f"there is no {backend} kernel for {op}"
-    if needs := _NEEDS.get(backend):
+    if backend not in _SIMULATED and (needs := _NEEDS.get(backend)):
         module, remedy = needs
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed: {remedy}"
@@ -266,6 +289,16 @@ def register_backend(op: str, name: str, module: Backend | ModuleType) -> None:
     if name in BACKENDS or name == "auto":
         raise ValueError(f"backend name {name!r} is taken")
     get_op(op)._loaded[name] = _as_backend(module)
+
+
+@contextlib.contextmanager
+def simulated(*backends: str) -> Iterator[None]:
+    """Within the block these GPU backends take CPU tensors; for who takes over their launches."""
+    _SIMULATED.extend(backends)
+    try:
+        yield
+    finally:
+        del _SIMULATED[len(_SIMULATED) - len(backends) :]
 
 
 def parse_choice(text: str) -> dict[str, str]:

@@ -1,20 +1,23 @@
 """The command line: `kimi-ops COMMAND`.
 
 Exit codes: 0 done, 1 something was found wrong, 2 the request could not be carried out (one line
-on stderr says why), 130 ended by Ctrl-C, 141 nobody reads the output any more.
+on stderr says why; an output that cannot be written is such a request), 130 ended by Ctrl-C, 141
+nobody reads the output any more (quietly, as a program that SIGPIPE ends).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 import torch
 
+from kimi_ops import _ctrl_c
 from kimi_ops._dispatch import BackendError, parse_choice
 from kimi_ops._version import __version__
 from kimi_ops.model.errors import KimiError
@@ -22,41 +25,57 @@ from kimi_ops.model.errors import KimiError
 # Top-level modules of the packages that `kimi-ops[model]` adds.
 MODEL_PACKAGES = ("av", "jinja2", "PIL", "regex", "safetensors", "tiktoken", "tqdm")
 
+Command = Callable[[argparse.Namespace], int]
 
-def _run_doctor(args: argparse.Namespace) -> int:
+
+# Each imports what its command needs: seconds for some, so no command pays for another.
+
+
+def _doctor() -> Command:
     from kimi_ops import doctor
 
-    return doctor.run(as_json=args.json)
+    return lambda args: doctor.run(as_json=args.json)
 
 
-def _run_compile(args: argparse.Namespace) -> int:
+def _compile() -> Command:
     from kimi_ops.testing.static import command
 
-    return command.run(args.arch, args.op, args.json)
+    return lambda args: command.run(args.arch, args.op, args.json)
 
 
-def _run_generate(args: argparse.Namespace) -> int:
+def _generate() -> Command:
     from kimi_ops.model import generate_command
 
-    return generate_command.run_generate(args)
+    return generate_command.run_generate
 
 
-def _run_inspect(args: argparse.Namespace) -> int:
+def _inspect() -> Command:
     from kimi_ops.model import commands
 
-    return commands.run_inspect(args)
+    return commands.run_inspect
 
 
-def _run_make_checkpoint(args: argparse.Namespace) -> int:
+def _make_checkpoint() -> Command:
     from kimi_ops.model import commands
 
-    return commands.run_make_checkpoint(args)
+    return commands.run_make_checkpoint
 
 
-def _run_plan(args: argparse.Namespace) -> int:
+def _plan() -> Command:
     from kimi_ops.model import commands
 
-    return commands.run_plan(args)
+    return commands.run_plan
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes options by their full names only, and says so where a help text cannot be written."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own drops the error of a full disk or a closed pipe.
+        (file or sys.stderr).write(message)
 
 
 class _Medium(argparse.Action):
@@ -73,12 +92,43 @@ class _Medium(argparse.Action):
         namespace.media = [*namespace.media, *((kind, path) for path in values)]
 
 
+def _add(
+    commands: Any, name: str, load: Callable[[], Command], short: str, description: str | None
+) -> argparse.ArgumentParser:
+    """A command; without a description, its one-line help is that too."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=short, description=description)
+    parser.set_defaults(load=load, usage_error=parser.error)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser, what: str = "the same as JSON") -> None:
+    parser.add_argument("--json", action="store_true", help=what)
+
+
+def _add_dtype(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help=f"{what} (bf16)"
+    )
+
+
+def _add_layers(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--layers", metavar="A-B", help=what)
+
+
+def _add_number(
+    parser: argparse.ArgumentParser, name: str, what: str, default: int | None = None
+) -> None:
+    parser.add_argument(name, type=int, default=default, metavar="N", help=what)
+
+
 def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "generate",
-        help="answer a prompt, a conversation, or a chat on the terminal",
-        description="Answers a prompt with pictures and clips. Exit code 130 after Ctrl-C.",
-        allow_abbrev=False,
+        _generate,
+        "answer a prompt, a conversation, or a chat on the terminal",
+        "Answers a prompt with pictures and clips. Exit code 130 after Ctrl-C. Defaults come from "
+        "the checkpoint's generation_config.json where it has them.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -98,100 +148,88 @@ def _add_generate(commands: Any) -> None:
         )
     parser.add_argument("--instant", action="store_true", help="answer without reasoning first")
     parser.add_argument("--tools", metavar="F", help="JSON list of tools, OpenAI format")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _add_json(parser, "one JSON object on stdout")
     parser.add_argument("--no-stream", action="store_true", help="print the answer when complete")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="(1024)")
+    _add_number(parser, "--max-new-tokens", "(the checkpoint's, else 1024)")
     parser.add_argument(
-        "--temperature", type=float, metavar="X", help="0 is greedy (thinking 1.0, instant 0.6)"
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="0 is greedy (the checkpoint's, else 1.0; instant 0.6)",
     )
-    parser.add_argument("--top-p", type=float, metavar="X", help="(0.95)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
+    parser.add_argument("--top-p", type=float, metavar="X", help="(the checkpoint's, else 0.95)")
+    _add_number(parser, "--seed", "of the sampling (0)", 0)
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
     _add_dtype(parser, "of the float weights")
     _add_layers(parser, "load only these decoder layers, such as 0-3")
-    parser.set_defaults(run=_run_generate, usage_error=parser.error)
-
-
-def _add_dtype(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help=f"{what} (bf16)"
-    )
-
-
-def _add_layers(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--layers", metavar="A-B", help=what)
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "inspect",
-        help="check a checkpoint and describe it",
-        description="Checks everything of a checkpoint but the weights themselves.",
-        allow_abbrev=False,
+        _inspect,
+        "check a checkpoint and describe it",
+        "Checks everything of a checkpoint but the weights themselves.",
     )
     parser.add_argument(
         "directory", metavar="DIR", help="checkpoint, config.json, or kimi-k2.5 (the released one)"
     )
     parser.add_argument("--config-only", action="store_true", help="look at the config alone")
     _add_layers(parser, "decoder layers that must be present, such as 0-3")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    parser.set_defaults(run=_run_inspect)
+    _add_json(parser)
 
 
 def _add_make_checkpoint(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "make-checkpoint",
-        help="write a random checkpoint in the released format",
-        description="Writes a complete checkpoint whose weights are random numbers.",
-        allow_abbrev=False,
+        _make_checkpoint,
+        "write a random checkpoint in the released format",
+        "Writes a complete checkpoint whose weights are random numbers.",
     )
     parser.add_argument("directory", metavar="DIR", help="where to; must be empty or not exist")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", choices=("tiny", "kimi-k2.5"), help="(tiny)")
     size.add_argument("--config", metavar="FILE", help="sizes from this config.json")
-    parser.add_argument(
-        "--num-hidden-layers", type=int, metavar="N", help="a model of this many decoder layers"
-    )
+    _add_number(parser, "--num-hidden-layers", "a model of this many decoder layers")
     _add_layers(parser, "write only these decoder layers, such as 0-1")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (0)")
+    _add_number(parser, "--seed", "of the weights (0)", 0)
     _add_dtype(parser, "of the float tensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint")
-    parser.set_defaults(run=_run_make_checkpoint)
 
 
 def _add_plan(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _add(
+        commands,
         "plan",
-        help="memory that a model needs on given devices",
-        description="Memory per device, from the config alone. Exit code 1 if it does not fit.",
-        allow_abbrev=False,
+        _plan,
+        "memory that a model needs on given devices",
+        "Memory per device, from the config alone. Exit code 1 if it does not fit.",
     )
     parser.add_argument("--devices", required=True, help="8x141GB, 80GiB or cpu:768GB")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens (the config's limit)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (1)")
+    _add_number(parser, "--context", "tokens (the config's limit)")
+    _add_number(parser, "--batch", "sequences (1)", 1)
     parser.add_argument("--parallel", metavar="P", help="none, tp8, ep8, tp8ep8 (tp over all)")
     parser.add_argument("--weights", choices=("int4", "bf16"), default="int4", help="(int4)")
     parser.add_argument("--config", metavar="FILE", help="a config.json (that of Kimi K2.5)")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    parser.set_defaults(run=_run_plan)
+    _add_json(parser)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kimi-ops",
-        description="Fused kernels for Kimi K2.5, and the model made of them.",
-        allow_abbrev=False,
+    parser = _Parser(
+        prog="kimi-ops", description="Fused kernels for Kimi K2.5, and the model made of them."
     )
     parser.add_argument("--version", action="version", version=f"kimi-ops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    doctor = commands.add_parser("doctor", help="versions, devices, and who runs each op here")
-    doctor.add_argument("--json", action="store_true", help="the same as JSON")
-    doctor.set_defaults(run=_run_doctor)
-    compile_ = commands.add_parser("compile", help="registers, memory, instructions of each kernel")
+    doctor = _add(commands, "doctor", _doctor, "versions, devices, and who runs each op here", None)
+    _add_json(doctor)
+    compile_ = _add(
+        commands, "compile", _compile, "registers, memory, instructions of each kernel", None
+    )
     compile_.add_argument("--arch", nargs="+", default=[], metavar="A", help="sm_90a, ... (all)")
     compile_.add_argument("--op", nargs="+", default=[], metavar="OP", help="names of ops (all)")
-    compile_.add_argument("--json", action="store_true", help="the same as JSON")
-    compile_.set_defaults(run=_run_compile)
+    _add_json(compile_)
     _add_generate(commands)
     _add_inspect(commands)
     _add_make_checkpoint(commands)
@@ -209,9 +247,39 @@ def _check_combinations(args: argparse.Namespace) -> None:
         args.usage_error("--json is not for --interactive")
 
 
+def _run(argv: Sequence[str] | None) -> int:
+    """Parses and carries out one request; what it raises, `main` makes an exit code of."""
+    args = _parser().parse_args(argv)
+    _check_combinations(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal's encoding lacks must not end an answer.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        parse_choice(os.environ.get("KIMI_OPS_BACKEND", ""))
+    except ValueError as error:
+        raise KimiError(f"KIMI_OPS_BACKEND: {error}") from None
+    command: Command = args.load()
+    _ctrl_c.work_begins()
+    return command(args)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be as full as stdout; the code still tells
+        print(f"kimi-ops: {text}", file=sys.stderr)
+
+
 def _refuse(reason: object) -> int:
-    print(f"kimi-ops: error: {' '.join(str(reason).splitlines())}", file=sys.stderr)
+    _say(f"error: {' '.join(str(reason).splitlines())}")
     return 2
+
+
+def _drop_what_cannot_be_written(*streams: TextIO) -> None:
+    """What is still buffered would fail again at exit, where nobody can catch it."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,19 +291,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: --help, --version, and usage errors (code 2).
     """
-    args = _parser().parse_args(argv)
-    _check_combinations(args)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A character that the terminal's encoding lacks must not end an answer.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # Python has no stream at all where the shell closed one: `print` would say nothing, or say on
+    # stdout what belongs on stderr.
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  as long as the process
+    if sys.stdout is None:
+        return _refuse("stdout is closed: there is nowhere to write to")
     try:
         try:
-            parse_choice(os.environ.get("KIMI_OPS_BACKEND", ""))
-        except ValueError as error:
-            return _refuse(f"KIMI_OPS_BACKEND: {error}")
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # errors must come here, not at the interpreter's exit
     except KimiError as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
@@ -251,12 +317,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"not enough memory ({error}); `kimi-ops plan` tells what a model needs")
     except KeyboardInterrupt:
-        print("kimi-ops: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
     except BrokenPipeError:
-        # What is still buffered would fail again at exit, where nobody can catch it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except SystemExit as end:
+        # rich, which prints the tables, turns a closed pipe into an exit of its own.
+        if isinstance(end.__context__, BrokenPipeError):
+            return 141
+        raise
+    except OSError as error:
+        if error.filename is not None:  # not of a stream that was open already
+            raise
+        return _refuse(f"the output cannot be written: {error.strerror or error}")
+    finally:
+        _drop_what_cannot_be_written(sys.stdout, sys.stderr)
+        _ctrl_c.work_ends()
 
 
 if __name__ == "__main__":

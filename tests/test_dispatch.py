@@ -296,3 +296,32 @@ def test_library_of_another_platform_is_a_reason(tmp_path, monkeypatch):
             monkeypatch.undo()
             _native.missing.cache_clear()
             _native._open.cache_clear()
+
+
+def test_batch_invariant_mode_refuses_who_does_not_promise_it():
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    with kimi_ops.batch_invariant():
+        with pytest.raises(kimi_ops.BackendError, match="batch-invariant mode is on"):
+            kimi_ops.rms_norm(x, weight, 1e-5)
+        with kimi_ops.batch_invariant(False):
+            kimi_ops.rms_norm(x, weight, 1e-5)
+    assert kimi_ops.resolve("rms_norm", x, weight, 1e-5) == "reference"
+
+
+def test_batch_invariant_mode_takes_who_promises_it(registered):
+    registered("promising", launch=lambda outputs, *args: outputs.zero_())
+    _OPS["rms_norm"]._loaded["promising"].BATCH_INVARIANT = True
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    with kimi_ops.batch_invariant(), kimi_ops.use_backend(rms_norm="promising"):
+        assert kimi_ops.rms_norm(x, weight, 1e-5).eq(0).all()
+
+
+def test_batch_invariant_variable_is_0_or_1(monkeypatch):
+    from kimi_ops import _batch_invariant
+
+    monkeypatch.setattr(_batch_invariant, "_ENVIRONMENT", [])
+    monkeypatch.setenv("KIMI_OPS_BATCH_INVARIANT", "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
+        _batch_invariant.is_batch_invariant()
+    monkeypatch.setenv("KIMI_OPS_BATCH_INVARIANT", "1")
+    assert _batch_invariant.is_batch_invariant()

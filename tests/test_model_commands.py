@@ -31,6 +31,7 @@ from command_calls import (
 from kimi_ops.model import KimiK25, generate_command
 from kimi_ops.model.chat_parser import Event, parse_output
 from kimi_ops.model.conversation import PromptBuilder
+from kimi_ops.model.generate import Sampling
 from kimi_ops.model.generate_command import Display
 from kimi_ops.model.make_checkpoint import make_checkpoint, tiny_config
 from kimi_ops.model.random_files import has_random_weights, random_checkpoint_files
@@ -60,6 +61,7 @@ def expected(
         pixel_values=prompt.media.pixel_values,
         grid_thws=prompt.media.grid_thws,
         max_new_tokens=6,
+        sampling=Sampling(temperature=0),
         stop_ids=builder.tokenizer.stop_ids,
     )
     return builder.tokenizer.decode(result.tokens[0]), len(prompt.ids)
@@ -297,7 +299,8 @@ def test_ctrl_c_keeps_what_was_written(tiny, model, capsys, monkeypatch):
     assert found["usage"]["completion_tokens"] == 3
     builder = PromptBuilder(tiny)
     prompt = builder.build([{"role": "user", "content": "Hi"}], thinking=False)
-    greedy = model.generate([prompt.ids], max_new_tokens=3).tokens[0]
+    sampling = Sampling(temperature=0)
+    greedy = model.generate([prompt.ids], max_new_tokens=3, sampling=sampling).tokens[0]
     assert found["content"] == builder.tokenizer.decode(greedy)
 
 

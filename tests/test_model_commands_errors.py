@@ -80,7 +80,10 @@ def files(tmp_path: Path) -> Path:
         (["--messages", "F/object.json"], "expected a list of messages, got dict"),
         (["--messages", "F/empty.json"], "messages is empty"),
         (["--messages", "F/role.json"], "messages[0].role must be one of"),
-        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (
+            ["--prompt", "x", "--max-new-tokens", "0"],
+            "max_new_tokens must be an integer of at least 1, got 0",
+        ),
         (["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0"),
         (["--prompt", "x", "--temperature", "nan"], "temperature must be at least 0"),
         (["--prompt", "x", "--top-p", "0"], "top_p must be above 0"),

@@ -352,9 +352,10 @@ def test_cache_gives_pages_back_and_refuses_what_it_cannot_hold(model):
     assert cache.free_pages == 0
     cache.release(one)
     assert cache.free_pages == 3
-    with pytest.raises(KeyError):
-        cache.length(one)
-    with pytest.raises(KimiError, match="num_pages and page_size must be at least 1"):
+    for call in (cache.length, cache.row, cache.release, lambda s: cache.extend([s], [1])):
+        with pytest.raises(KimiError, match=f"there is no sequence {one}: .* it was released"):
+            call(one)
+    with pytest.raises(KimiError, match="num_pages must be an integer of at least 1, got 0"):
         model.new_cache(num_pages=0)
 
 

@@ -77,7 +77,8 @@ def test_inspect_describes_a_checkpoint(tiny, capsys):
     index = json.loads((tiny / "model.safetensors.index.json").read_text())
     assert found["tensors"] == len(index["weight_map"])
     assert found["tensor_bytes"] == index["metadata"]["total_size"]
-    assert found["files"] == {"tokenizer": True, "chat_template": True, "preprocessor": True}
+    names = ("tokenizer", "chat_template", "preprocessor", "generation_config")
+    assert found["files"] == dict.fromkeys(names, True)
     assert found["random_weights"] is True
     assert found["checked_layers"] == [0, 2]
     text = tiny_config().text_config
@@ -93,10 +94,12 @@ def test_inspect_describes_a_checkpoint(tiny, capsys):
 def test_inspect_tells_which_files_are_absent(copy, capsys):
     for name in ("tiktoken.model", "chat_template.jinja", "preprocessor_config.json"):
         (copy / name).unlink()
+    (copy / "generation_config.json").unlink()
     (copy / "random_weights.txt").unlink()
     assert main(["inspect", str(copy), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["files"] == {"tokenizer": False, "chat_template": False, "preprocessor": False}
+    names = ("tokenizer", "chat_template", "preprocessor", "generation_config")
+    assert found["files"] == dict.fromkeys(names, False)
     assert found["random_weights"] is False
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kimi_ops.model.chat_messages import Message, media_in_order, normalize_messages
 from kimi_ops.model.chat_sandbox import MAX_TEMPLATE_CHARS, render_template
 from kimi_ops.model.chat_tools import normalize_tools, parse_tools_json, tools_to_typescript
-from kimi_ops.model.errors import ChatError
+from kimi_ops.model.errors import ChatError, checked_path
 from kimi_ops.model.json_file import read_json_object
 from kimi_ops.model.tokenizer_files import (
     CONFIG_FILE,
@@ -52,7 +52,8 @@ def load_template(directory: str | Path) -> str:
     Raises:
         ChatError: a template file that is not text, too long, or of an unknown form.
     """
-    path = Path(directory) / TEMPLATE_FILE
+    directory = checked_path(directory, ChatError)
+    path = directory / TEMPLATE_FILE
     if path.exists():
         try:
             source = read_file(path).decode("utf-8")

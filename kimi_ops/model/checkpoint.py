@@ -18,7 +18,7 @@ import torch
 
 from kimi_ops.model.checkpoint_writer import INDEX_NAME, save_checkpoint
 from kimi_ops.model.config import KimiK25Config
-from kimi_ops.model.errors import CheckpointError
+from kimi_ops.model.errors import CheckpointError, checked_path
 from kimi_ops.model.json_file import printable, read_json_object
 from kimi_ops.model.progress import Progress, byte_progress
 from kimi_ops.model.safetensors_file import TensorInfo, copy_into, read_header
@@ -73,7 +73,7 @@ def open_checkpoint(directory: str | Path, *, layers: range | None = None) -> Ch
     Raises `ConfigError` for a bad config and `CheckpointError`, naming tensor and file, for
     anything else.
     """
-    directory = Path(directory)
+    directory = checked_path(directory, CheckpointError)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: not a directory with a checkpoint")
     if not (directory / "config.json").is_file():

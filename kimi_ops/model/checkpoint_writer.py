@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from kimi_ops.model.config import KimiK25Config
-from kimi_ops.model.errors import CheckpointError
+from kimi_ops.model.errors import CheckpointError, check_count, checked_path
 from kimi_ops.model.progress import Progress, byte_progress
 from kimi_ops.model.safetensors_file import write_file
 from kimi_ops.model.weight_map import (
@@ -72,7 +72,7 @@ def save_checkpoint(
         return [parameters[tensor.placement.parameter][tensor.placement.index]]
 
     write_checkpoint(
-        Path(directory),
+        checked_path(directory, CheckpointError),
         config,
         produce,
         layers=chosen,
@@ -126,8 +126,8 @@ def write_checkpoint(
     """Writes config, shards, index and `extra_files`; `produce` makes a tensor when it is due."""
     extra_files = extra_files or {}
     _check_extra_files(extra_files)
-    if max_shard_bytes is not None and max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    if max_shard_bytes is not None:
+        check_count("max_shard_bytes", max_shard_bytes)
     # What the config says about the file must be true of this file.
     text = dataclasses.replace(config.text_config, dtype=str(dtype).removeprefix("torch."))
     config = dataclasses.replace(config, text_config=text)

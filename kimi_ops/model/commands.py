@@ -16,16 +16,18 @@ from kimi_ops.model.checkpoint import open_checkpoint
 from kimi_ops.model.config import KimiK25Config
 from kimi_ops.model.conversation import PromptBuilder
 from kimi_ops.model.errors import CheckpointError
+from kimi_ops.model.generation_config import CONFIG_FILE as GENERATION_CONFIG_FILE
+from kimi_ops.model.generation_config import GenerationConfig
 from kimi_ops.model.make_checkpoint import make_checkpoint, tiny_config
 from kimi_ops.model.media_config import CONFIG_FILE as MEDIA_CONFIG_FILE
 from kimi_ops.model.media_config import MediaConfig
 from kimi_ops.model.parameter_counts import parameter_counts
 from kimi_ops.model.plan import cache_bytes_per_token, plan
 from kimi_ops.model.random_files import has_random_weights, random_checkpoint_files
+from kimi_ops.model.settings import usable_dtype
 from kimi_ops.model.tokenizer_files import MODEL_FILE, TEMPLATE_FILE, own_template
 from kimi_ops.model.weight_map import TensorSpec, iter_tensors, parse_layers, stored_dtype
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FULL_SIZE = "kimi-k2.5"
 # Tokenizer, template, index and the file system's own needs beside the tensors.
 DISK_SLACK_BYTES = 128 * 2**20
@@ -70,7 +72,7 @@ def _describe_config(config: KimiK25Config) -> dict[str, Any]:
     }
 
 
-def _describe_files(directory: Path) -> dict[str, bool]:
+def _describe_files(directory: Path, config: KimiK25Config) -> dict[str, bool]:
     """Which files are beside the weights; those that are have been read and found valid."""
     source = load_template(directory)
     found = {
@@ -78,7 +80,9 @@ def _describe_files(directory: Path) -> dict[str, bool]:
         # The released tokenizer_config.json may carry it instead of a file of its own.
         "chat_template": (directory / TEMPLATE_FILE).is_file() or source != own_template(),
         "preprocessor": (directory / MEDIA_CONFIG_FILE).is_file(),
+        "generation_config": (directory / GENERATION_CONFIG_FILE).is_file(),
     }
+    GenerationConfig.from_file(directory, config.text_config.vocab_size)
     render_chat([{"role": "user", "content": "Hello"}], template=source)
     if found["preprocessor"]:
         MediaConfig.from_file(directory)
@@ -126,7 +130,7 @@ def describe(path: str, *, config_only: bool = False, layers: str | None = None)
         "shards": len(shards),
         "shard_bytes": sum(shard.stat().st_size for shard in shards),
         "checked_layers": [checkpoint.layers.start, checkpoint.layers.stop - 1],
-        "files": _describe_files(checkpoint.directory),
+        "files": _describe_files(checkpoint.directory, checkpoint.config),
         "random_weights": has_random_weights(path),
     }
 
@@ -167,7 +171,7 @@ def run_make_checkpoint(args: argparse.Namespace) -> int:
         text = dataclasses.replace(config.text_config, num_hidden_layers=args.num_hidden_layers)
         config = dataclasses.replace(config, text_config=text)
     layers = None if args.layers is None else parse_layers(args.layers, config)
-    dtype = DTYPES[args.dtype]
+    dtype = usable_dtype(args.dtype)
     directory = Path(args.directory)
     _check_disk(directory, sum(_tensor_sizes(config, layers, dtype)))
     make_checkpoint(

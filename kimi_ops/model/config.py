@@ -27,7 +27,7 @@ from kimi_ops.model.config_quantization import (
     QuantizationConfig,
     check_ignore_patterns,
 )
-from kimi_ops.model.errors import ConfigError
+from kimi_ops.model.errors import ConfigError, checked_path
 
 # Layers x routed experts: released 61 x 384 = 23,424. Bounds the tensor table a config can demand.
 MAX_EXPERT_SLOTS = 131_072
@@ -317,7 +317,7 @@ class KimiK25Config:
         """Reads a `config.json`, or the one in the directory `path`. Raises `ConfigError`."""
         from kimi_ops.model.config_format import config_from_file
 
-        return config_from_file(Path(path))
+        return config_from_file(checked_path(path, ConfigError))
 
     @classmethod
     def full_size(cls) -> KimiK25Config:

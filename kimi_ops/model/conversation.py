@@ -22,8 +22,9 @@ from kimi_ops.model.chat import encode_chat, load_template, media_in_order
 from kimi_ops.model.chat_messages import Message
 from kimi_ops.model.chat_parser import ChatParser, Event, ParsedMessage, parse_output
 from kimi_ops.model.config import KimiK25Config
-from kimi_ops.model.errors import CheckpointError, KimiError, MediaError
+from kimi_ops.model.errors import CheckpointError, KimiError, MediaError, checked_path
 from kimi_ops.model.generate import Generation, Sampling
+from kimi_ops.model.generation_config import GenerationConfig
 from kimi_ops.model.media import MediaBatch, MediaItem, MediaProcessor, expand_placeholders
 from kimi_ops.model.media_config import CONFIG_FILE, MediaConfig
 from kimi_ops.model.random_files import has_random_weights
@@ -32,6 +33,7 @@ from kimi_ops.model.tokenizer import KimiTokenizer
 if TYPE_CHECKING:
     from kimi_ops.model.kimi import KimiK25
 
+DEFAULT_NEW_TOKENS = 1024
 # The form in which OpenAI clients send pictures. The MIME type is not needed: content tells.
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
@@ -70,6 +72,7 @@ class PromptBuilder:
         template: jinja2 source of its chat template, or this package's own.
         media: uses the checkpoint's preprocessor_config.json if there is one, else the released
             values of Kimi K2.5.
+        generation_config: defaults of its generation_config.json.
         random_weights: whether the checkpoint is marked as a random one.
     """
 
@@ -79,7 +82,7 @@ class PromptBuilder:
         Raises:
             KimiError: a file that is missing, malformed, or contradicts another one.
         """
-        self.directory = Path(directory)
+        self.directory = checked_path(directory, CheckpointError)
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: not a directory with a checkpoint")
         if not (self.directory / "config.json").is_file():
@@ -91,6 +94,9 @@ class PromptBuilder:
         has_media_config = (self.directory / CONFIG_FILE).exists()
         media_config = MediaConfig.from_file(self.directory) if has_media_config else MediaConfig()
         self.media = MediaProcessor(media_config)
+        self.generation_config = GenerationConfig.from_file(
+            self.directory, self.config.text_config.vocab_size
+        )
         self.random_weights = has_random_weights(self.directory)
 
     def _check_tokenizer(self) -> None:
@@ -189,7 +195,7 @@ def answer(
     prompt: Prompt,
     *,
     thinking: bool = True,
-    max_new_tokens: int = 1024,
+    max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Answer:
@@ -197,7 +203,8 @@ def answer(
 
     Args:
         thinking: as given to `PromptBuilder.build`.
-        max_new_tokens, sampling: as `KimiK25.generate`.
+        max_new_tokens: as `KimiK25.generate`, but 1,024 where neither it nor the checkpoint says.
+        sampling: as `KimiK25.generate`.
         on_event: called with each step of the output as soon as it is certain.
 
     Returns:
@@ -206,6 +213,10 @@ def answer(
     Raises:
         KimiError: as `KimiK25.generate`.
     """
+    if not isinstance(prompt, Prompt):
+        raise KimiError(f"prompt must be of PromptBuilder.build, got {type(prompt).__name__}")
+    if max_new_tokens is None:
+        (max_new_tokens,) = model.generation_config.limits([len(prompt.ids)], DEFAULT_NEW_TOKENS)
     decoder, parser = tokenizer.stream_decoder(), ChatParser(thinking=thinking)
 
     def pass_on(events: list[Event]) -> None:
@@ -222,7 +233,8 @@ def answer(
         grid_thws=prompt.media.grid_thws,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_ids=tokenizer.stop_ids,
+        # What ends a turn ends the answer, whatever else the checkpoint names.
+        stop_ids={*tokenizer.stop_ids, *(model.generation_config.stop_ids or ())},
         on_token=on_token,
     )
     (tokens,), (reason,) = generation.tokens, generation.finish_reasons

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from kimi_ops.model.errors import KimiError
+from kimi_ops.model.errors import KimiError, check_count
 
 if TYPE_CHECKING:
     from kimi_ops.model.cache import LatentCache
@@ -134,6 +134,7 @@ class _Run:
 def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """The prompts as lists of Python integers. Raises `KimiError` for anything else."""
     checked: list[list[int]] = []
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
         raise KimiError(f"prompts must be a list of lists of ids, got {type(prompts).__name__}")
     for number, prompt in enumerate(prompts):
@@ -145,6 +146,17 @@ def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
                 raise KimiError(f"prompt {number} must hold token ids, got {token!r}")
         checked.append(list(ids))
     return checked
+
+
+def checked_stop_ids(stop_ids: Iterable[int]) -> frozenset[int]:
+    """The ids as a set. Raises `KimiError` for anything but integers."""
+    if isinstance(stop_ids, str | bytes) or not isinstance(stop_ids, Iterable):
+        raise KimiError(f"stop_ids must be a list of token ids, got {stop_ids!r:.80}")
+    ids = stop_ids.flatten().tolist() if isinstance(stop_ids, Tensor) else list(stop_ids)
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise KimiError(f"stop_ids must hold token ids, got {token!r:.80}")
+    return frozenset(ids)
 
 
 def _stream(seed: int, number: int) -> torch.Generator:
@@ -159,22 +171,20 @@ def generate(
     prompts: list[list[int]],
     *,
     encode_media: Callable[[], Tensor | None],
-    max_new_tokens: int,
+    max_new_tokens: Sequence[int],
     sampling: Sampling,
-    stop_ids: Sequence[int],
+    stop_ids: Collection[int],
     on_token: Callable[[int, int], None] | None,
     prefill_chunk: int,
     page_size: int,
 ) -> Generation:
-    """See `KimiK25.generate`; ``encode_media`` gives ``[M, D]`` for all placeholders."""
+    """See `KimiK25.generate`; ``encode_media`` gives ``[M, D]`` for all placeholders.
+
+    ``max_new_tokens`` is one number for each prompt.
+    """
     context = model.config.text_config.max_position_embeddings
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("prefill_chunk", prefill_chunk),
-        ("page_size", page_size),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise KimiError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_count("prefill_chunk", prefill_chunk)
+    check_count("page_size", page_size)
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise KimiError(f"prompt {number} is empty")
@@ -184,7 +194,7 @@ def generate(
                 "one of which the first new token takes"
             )
     lengths = [len(prompt) for prompt in prompts]
-    limits = [min(max_new_tokens, context - length) for length in lengths]
+    limits = [min(n, context - k) for n, k in zip(max_new_tokens, lengths, strict=True)]
     result = Generation([[] for _ in prompts], ["interrupted" for _ in prompts], sum(lengths))
     if not prompts:
         return result
@@ -210,10 +220,15 @@ def generate(
     try:
         ids = torch.tensor([token for prompt in prompts for token in prompt])
         embeddings = model.embed(ids, encode_media()).split(lengths)
+        # Room for the prompts; the rest comes with the tokens, most of which are often not made.
         # The last new token is never fed back, so it takes no room.
         rooms = [length + limit - 1 for length, limit in zip(lengths, limits, strict=True)]
-        pages = sum(-(-room // page_size) for room in rooms)
-        cache = model.new_cache(num_pages=pages, page_size=page_size)
+        cache = model.new_cache(
+            num_pages=sum(-(-length // page_size) for length in lengths),
+            max_pages=sum(-(-room // page_size) for room in rooms),
+            page_size=page_size,
+            max_sequences=len(prompts),
+        )
         for number, tokens in enumerate(result.tokens):
             generator = _stream(sampling.seed, number)
             run = _Run(number, embeddings[number], cache.add_sequence(), limits[number], generator)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
 from kimi_ops.model.chat import parse_tools_json
 from kimi_ops.model.chat_messages import normalize_messages
 from kimi_ops.model.chat_parser import Event
-from kimi_ops.model.commands import DTYPES
 from kimi_ops.model.conversation import Answer, Prompt, PromptBuilder, answer
-from kimi_ops.model.errors import ChatError, KimiError
+from kimi_ops.model.errors import ChatError, check_count
 from kimi_ops.model.generate import Sampling
+from kimi_ops.model.settings import usable_device
 from kimi_ops.model.weight_map import parse_layers
 
 if TYPE_CHECKING:
@@ -84,7 +81,7 @@ class Engine:
     sampling: Sampling
     tools: list[dict[str, Any]] | None
     thinking: bool
-    max_new_tokens: int
+    max_new_tokens: int | None
     stream: bool
     load_seconds: float
 
@@ -113,18 +110,6 @@ class Engine:
             if display is not None:
                 display.end()
         return result
-
-
-def parse_device(text: str) -> torch.device:
-    """Reads `"cpu"`, `"cuda"` or `"cuda:1"`. Raises `KimiError` for a device that is not there."""
-    match = re.fullmatch(r"cpu|cuda(?::(?P<index>[0-9]{1,4}))?", text)
-    if match is None:
-        raise KimiError(f"device must be cpu, cuda or cuda:N, got {text!r}")
-    if text != "cpu":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(match["index"] or 0) >= count:
-            raise KimiError(f"device {text}: torch sees {count} CUDA device(s)")
-    return torch.device(text)
 
 
 def read_text(path: str) -> str:
@@ -177,15 +162,20 @@ def load(
     args: argparse.Namespace, builder: PromptBuilder, tools: list[dict[str, Any]] | None
 ) -> Engine:
     """Checks all settings, then loads the weights. Raises `KimiError`."""
-    temperature, top_p = INSTANT_SAMPLING if args.instant else THINKING_SAMPLING
+    published = INSTANT_SAMPLING if args.instant else THINKING_SAMPLING
+    sampling = builder.generation_config.sampling(Sampling(*published))
+    temperature = sampling.temperature
+    if args.instant and temperature > 0:
+        # The file's temperature is that of the model's ordinary mode, which thinks.
+        temperature = published[0]
     sampling = Sampling(
         temperature=temperature if args.temperature is None else args.temperature,
-        top_p=top_p if args.top_p is None else args.top_p,
+        top_p=sampling.top_p if args.top_p is None else args.top_p,
         seed=args.seed,
     )
-    if args.max_new_tokens < 1:
-        raise KimiError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
-    device = parse_device(args.device)
+    if args.max_new_tokens is not None:
+        check_count("max_new_tokens", args.max_new_tokens)
+    device = usable_device(args.device)
     config = builder.config
     layers = None if args.layers is None else parse_layers(args.layers, config)
     if builder.random_weights:
@@ -197,7 +187,7 @@ def load(
 
     started = time.perf_counter()
     model = KimiK25.from_pretrained(
-        builder.directory, device=device, dtype=DTYPES[args.dtype], layers=layers
+        builder.directory, device=device, dtype=args.dtype, layers=layers
     )
     return Engine(
         builder=builder,

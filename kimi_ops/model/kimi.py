@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +12,22 @@ from kimi_ops.model.cache import LatentCache, Step
 from kimi_ops.model.checkpoint import load_parameters, open_checkpoint, save_checkpoint
 from kimi_ops.model.checkpoint_writer import RANDOM_MARK
 from kimi_ops.model.config import KimiK25Config
-from kimi_ops.model.errors import KimiError, MediaError
-from kimi_ops.model.generate import Generation, Sampling, checked_prompts, generate
+from kimi_ops.model.errors import KimiError, MediaError, check_count
+from kimi_ops.model.generate import (
+    Generation,
+    Sampling,
+    checked_prompts,
+    checked_stop_ids,
+    generate,
+)
+from kimi_ops.model.generation_config import CONFIG_FILE as GENERATION_CONFIG_FILE
+from kimi_ops.model.generation_config import GenerationConfig
 from kimi_ops.model.language import LanguageModel
 from kimi_ops.model.progress import Progress
 from kimi_ops.model.projector import Projector
-from kimi_ops.model.vision import VisionTower, merged_lengths
+from kimi_ops.model.settings import usable_device, usable_dtype
+from kimi_ops.model.tensor_arguments import check_media_tensors, check_placeholders, check_tensor
+from kimi_ops.model.vision import VisionTower
 from kimi_ops.model.weight_map import check_layers, fused_parameters
 
 # What stands beside the weights of a checkpoint and belongs to it.
@@ -26,13 +36,12 @@ SMALL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "preprocessor_config.json",
-    "generation_config.json",
+    GENERATION_CONFIG_FILE,
     RANDOM_MARK,
 )
 
 
-def _is_integer(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+DEFAULT_NEW_TOKENS = 256
 
 
 class KimiK25(nn.Module):
@@ -50,6 +59,7 @@ class KimiK25(nn.Module):
 
     Raises:
         ConfigError: what the ops do not implement.
+        KimiError: a dtype or device that the model does not run in or on.
     """
 
     def __init__(
@@ -62,9 +72,14 @@ class KimiK25(nn.Module):
         layers: range | None = None,
     ) -> None:
         super().__init__()
+        self.decoder_layers = check_layers(config, layers)
+        dtype = usable_dtype(dtype)
+        scale_dtype = dtype if scale_dtype is None else usable_dtype(scale_dtype)
+        if str(device) != "meta":
+            device = usable_device(device)
         self.config = config
         self.source: Path | None = None  # the folder it was loaded from
-        self.decoder_layers = check_layers(config, layers)
+        self.generation_config = GenerationConfig()
         specs = fused_parameters(config, self.decoder_layers, dtype=dtype, scale_dtype=scale_dtype)
         self.language = LanguageModel(config.text_config, self.decoder_layers, specs, device)
         self.vision = VisionTower(config.vision_config, specs, device)
@@ -93,8 +108,12 @@ class KimiK25(nn.Module):
         Raises:
             ConfigError, CheckpointError: what is wrong, with tensor and file; before any weight is
                 read wherever the headers tell.
+            KimiError: a device that is not there, or a dtype of another kind.
         """
+        device, dtype = usable_device(device), usable_dtype(dtype)
         checkpoint = open_checkpoint(path, layers=layers)
+        vocabulary = checkpoint.config.text_config.vocab_size
+        generation_config = GenerationConfig.from_file(checkpoint.directory, vocabulary)
         # Parameters are made by the loader, in place of those that "meta" did not make.
         model = cls(
             checkpoint.config,
@@ -109,7 +128,8 @@ class KimiK25(nn.Module):
         frozen = {k: nn.Parameter(v, requires_grad=False) for k, v in parameters.items()}
         model.load_state_dict(frozen, strict=True, assign=True)
         model.language.to(device)  # what is not loaded but computed
-        model.source = Path(path)
+        model.source = checkpoint.directory
+        model.generation_config = generation_config
         return model
 
     def save_pretrained(
@@ -164,12 +184,21 @@ class KimiK25(nn.Module):
         """Dtype of the float parameters."""
         return self.language.embed_tokens.dtype
 
-    def new_cache(self, *, num_pages: int, page_size: int = 64) -> LatentCache:
-        """A cache for this model's layers, dtype and device. Raises `KimiError`."""
+    def new_cache(
+        self,
+        *,
+        num_pages: int,
+        max_pages: int | None = None,
+        page_size: int = 64,
+        max_sequences: int = 16,
+    ) -> LatentCache:
+        """A `LatentCache` for this model's layers, dtype and device. Raises `KimiError`."""
         return LatentCache(
             self.config,
             num_pages=num_pages,
+            max_pages=max_pages,
             page_size=page_size,
+            max_sequences=max_sequences,
             dtype=self.dtype,
             device=self.device,
             layers=self.decoder_layers,
@@ -185,13 +214,7 @@ class KimiK25(nn.Module):
         Raises:
             MediaError: sizes that do not belong together.
         """
-        for name, value in (("pixel_values", pixel_values), ("grid_thws", grid_thws)):
-            if not isinstance(value, Tensor):
-                raise MediaError(f"{name} must be a tensor, got {type(value).__name__}")
-        if grid_thws.dim() != 2 or grid_thws.shape[1] != 3 or not _is_integer(grid_thws):
-            raise MediaError(
-                f"grid_thws must be [n, 3] integers, got {list(grid_thws.shape)} {grid_thws.dtype}"
-            )
+        check_media_tensors(pixel_values, grid_thws)
         projector = self.projector
         grid_thws = grid_thws.to("cpu", torch.int64)
         merged = self.vision(
@@ -211,6 +234,10 @@ class KimiK25(nn.Module):
             KimiError: an id outside the vocabulary.
             MediaError: another number of placeholders than of rows.
         """
+        check_tensor("input_ids", input_ids, "[T] integers")
+        width = self.config.text_config.hidden_size
+        if media is not None:
+            check_tensor("media", media, f"[M, {width}] floats")
         vocabulary = self.config.text_config.vocab_size
         ids = input_ids.to("cpu", torch.int64)
         if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
@@ -261,15 +288,11 @@ class KimiK25(nn.Module):
             KimiError: an id outside the vocabulary, or T over the context limit.
             MediaError: media and placeholders that do not match.
         """
-        if not isinstance(input_ids, Tensor):
-            raise KimiError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
-        if input_ids.dim() != 2 or not _is_integer(input_ids):
-            raise KimiError(
-                f"input_ids must be [B, T] integers, got {list(input_ids.shape)} {input_ids.dtype}"
-            )
+        check_tensor("input_ids", input_ids, "[B, T] integers")
         batch, tokens = input_ids.shape
         vocabulary = self.config.text_config.vocab_size
-        self._check_media(input_ids.tolist(), pixel_values, grid_thws)
+        placeholder = self.config.media_placeholder_token_id
+        check_placeholders(placeholder, input_ids.tolist(), pixel_values, grid_thws)
         media = self._media(pixel_values, grid_thws)
         x = self.embed(input_ids.flatten(), media)
         if input_ids.numel() == 0:
@@ -282,36 +305,9 @@ class KimiK25(nn.Module):
         return self.language.logits(hidden).view(batch, tokens, vocabulary)
 
     def _media(self, pixel_values: Tensor | None, grid_thws: Tensor | None) -> Tensor | None:
-        if (pixel_values is None) != (grid_thws is None):
-            raise MediaError("pixel_values and grid_thws must be given together")
         if pixel_values is None or grid_thws is None:
             return None
         return self.encode_media(pixel_values, grid_thws)
-
-    def _check_media(
-        self,
-        prompts: Sequence[Sequence[int]],
-        pixel_values: Tensor | None,
-        grid_thws: Tensor | None,
-    ) -> None:
-        """Each prompt's placeholders must be those of whole pictures and chunks.
-
-        Says so before anything is computed; the total number is checked by `embed`.
-        """
-        if (pixel_values is None) != (grid_thws is None):
-            raise MediaError("pixel_values and grid_thws must be given together")
-        if not isinstance(grid_thws, Tensor) or grid_thws.dim() != 2 or grid_thws.shape[1] != 3:
-            return
-        ends = {0, *merged_lengths(grid_thws.to("cpu", torch.int64)).cumsum(0).tolist()}
-        placeholder, count = self.config.media_placeholder_token_id, 0
-        for number, prompt in enumerate(prompts):
-            own = sum(token == placeholder for token in prompt)
-            count += own
-            if count not in ends and count <= max(ends):
-                raise MediaError(
-                    f"prompt {number} has {own} media placeholders, which ends amid a picture or "
-                    "chunk of a clip; its media must have as many tokens"
-                )
 
     def generate(
         self,
@@ -319,9 +315,9 @@ class KimiK25(nn.Module):
         *,
         pixel_values: Tensor | None = None,
         grid_thws: Tensor | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
-        stop_ids: Sequence[int] | None = None,
+        stop_ids: Iterable[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
         prefill_chunk: int = 2048,
         page_size: int = 64,
@@ -331,10 +327,13 @@ class KimiK25(nn.Module):
         Args:
             prompts: token ids of each, of any lengths from 1.
             pixel_values, grid_thws: media of all prompts in order of appearance, as `forward`.
-            max_new_tokens: at most so many per prompt; fewer where the context ends.
-            sampling: temperature, top-p and seed; greedy if None.
-            stop_ids: ids that end a continuation (not part of it); if None the end of text and
-                the end of a turn, which is the id after it in every vocabulary of this family.
+            max_new_tokens: at most so many per prompt; fewer where the context ends. If None that
+                of ``generation_config``, else 256.
+            sampling: temperature, top-p and seed; if None those of ``generation_config``, else
+                greedy.
+            stop_ids: ids that end a continuation (not part of it); if None those of
+                ``generation_config``, else the end of text and the end of a turn, which is the id
+                after it in every vocabulary of this family.
             on_token: called with (number of the prompt, token id) for each new token, at once.
             prefill_chunk: prompt tokens per step and prompt; bounds the memory of long prompts.
             page_size: of the cache.
@@ -349,15 +348,29 @@ class KimiK25(nn.Module):
             MediaError: media and placeholders that do not match.
         """
         prompts = checked_prompts(prompts)
-        self._check_media(prompts, pixel_values, grid_thws)
-        eos = self.config.eos_token_id
+        defaults, eos = self.generation_config, self.config.eos_token_id
+        if max_new_tokens is None:
+            limits = defaults.limits([len(prompt) for prompt in prompts], DEFAULT_NEW_TOKENS)
+        else:
+            check_count("max_new_tokens", max_new_tokens)
+            limits = [max_new_tokens] * len(prompts)
+        if sampling is None:
+            sampling = defaults.sampling(Sampling())
+        if not isinstance(sampling, Sampling):
+            raise KimiError(f"sampling must be a Sampling, got {sampling!r:.80}")
+        if stop_ids is None:
+            stop_ids = (eos, eos + 1) if defaults.stop_ids is None else defaults.stop_ids
+        if on_token is not None and not callable(on_token):
+            raise KimiError(f"on_token must be a function, got {on_token!r:.80}")
+        placeholder = self.config.media_placeholder_token_id
+        check_placeholders(placeholder, prompts, pixel_values, grid_thws)
         return generate(
             self,
             prompts,
             encode_media=lambda: self._media(pixel_values, grid_thws),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling or Sampling(),
-            stop_ids=[eos, eos + 1] if stop_ids is None else list(stop_ids),
+            max_new_tokens=limits,
+            sampling=sampling,
+            stop_ids=checked_stop_ids(stop_ids),
             on_token=on_token,
             prefill_chunk=prefill_chunk,
             page_size=page_size,

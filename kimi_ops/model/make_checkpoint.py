@@ -21,7 +21,7 @@ import torch
 from kimi_ops.model.checkpoint_writer import ExtraFiles, write_checkpoint
 from kimi_ops.model.config import KimiK25Config, RopeScaling, TextConfig, VisionConfig
 from kimi_ops.model.config_quantization import INT4_GROUP, QuantizationConfig
-from kimi_ops.model.errors import CheckpointError, ConfigError
+from kimi_ops.model.errors import CheckpointError, ConfigError, checked_path
 from kimi_ops.model.progress import Progress
 from kimi_ops.model.weight_map import Kind, StoredTensor, check_layers
 
@@ -60,7 +60,7 @@ def make_checkpoint(
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise CheckpointError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
     write_checkpoint(
-        Path(directory),
+        checked_path(directory, CheckpointError),
         config,
         lambda tensor: random_pieces(config, tensor, seed=seed, dtype=dtype),
         layers=check_layers(config, layers),

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from kimi_ops.model.errors import MediaError
+from kimi_ops.model.errors import MediaError, checked_path
 from kimi_ops.model.json_file import read_json_object
 
 CONFIG_FILE = "preprocessor_config.json"
@@ -110,7 +109,7 @@ class MediaConfig:
             MediaError: no such file, not JSON, no `media_proc_cfg` object, or a key of that block
                 that is unknown or has an unsupported value.
         """
-        file = Path(path)
+        file = checked_path(path, MediaError)
         if os.path.isdir(file):
             file = file / CONFIG_FILE
         if not os.path.isfile(file):

@@ -26,7 +26,13 @@ from kimi_ops.model.config import KimiK25Config
 from kimi_ops.model.config_quantization import INT4_GROUP, QuantizationConfig
 from kimi_ops.model.errors import ConfigError
 from kimi_ops.model.parameter_counts import group_of
-from kimi_ops.model.weight_map import FusedParameter, TensorSpec, iter_fused, stored_dtype
+from kimi_ops.model.weight_map import (
+    FusedParameter,
+    TensorSpec,
+    check_config,
+    iter_fused,
+    stored_dtype,
+)
 
 BF16_BYTES = 2
 # Tokens that a prefill step processes at once, and patches of the largest picture of the released
@@ -61,7 +67,7 @@ def parse_devices(text: str) -> Devices:
     match = re.fullmatch(
         rf"(?:(?P<count>[0-9]{{1,5}})x|(?P<cpu>cpu):)?(?P<size>[0-9]{{1,6}}(?:\.[0-9]{{1,6}})?)"
         rf"(?P<unit>{units})",
-        text,
+        str(text),
     )
     count = int(match["count"] or 1) if match else 0
     memory = int(float(match["size"]) * UNITS[match["unit"]]) if match else 0
@@ -200,6 +206,7 @@ def plan(
     """
     if weights not in ("int4", "bf16"):
         raise ConfigError(f"weights must be 'int4' or 'bf16', got {weights!r}")
+    check_config(config)
     limit = config.text_config.max_position_embeddings
     if type(context) is not int or not 1 <= context <= limit:
         raise ConfigError(f"context must be from 1 to {limit} tokens, got {context!r}")
@@ -251,6 +258,7 @@ def plan(
 
 def cache_bytes_per_token(config: KimiK25Config, bytes_per_value: int = BF16_BYTES) -> int:
     """Bytes that one token takes in the latent cache over all layers (K2.5, bf16: 70,272)."""
+    check_config(config)
     text = config.text_config
     return (text.kv_lora_rank + text.qk_rope_head_dim) * text.num_hidden_layers * bytes_per_value
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from kimi_ops.model.checkpoint_writer import RANDOM_MARK
 from kimi_ops.model.config import KimiK25Config
-from kimi_ops.model.errors import ConfigError
+from kimi_ops.model.errors import ConfigError, checked_path
 from kimi_ops.model.media_config import CONFIG_FILE as MEDIA_CONFIG_FILE
 from kimi_ops.model.media_config import MediaConfig
 from kimi_ops.model.tokenizer import tiny_tokenizer_files
 from kimi_ops.model.tokenizer_files import NUM_RESERVED, reserved_names
+from kimi_ops.model.weight_map import check_config
 
 _RANDOM_TEXT = (
     "The weights in this folder are random numbers: what the model writes is noise.\n"
@@ -37,6 +38,7 @@ def random_checkpoint_files(config: KimiK25Config) -> dict[str, bytes]:
         KimiError: a vocabulary below 512 ids.
         ConfigError: the config gives a control token another id than the released order does.
     """
+    check_config(config)
     vocab_size = config.text_config.vocab_size
     files = tiny_tokenizer_files(vocab_size)
     first = vocab_size - NUM_RESERVED
@@ -69,4 +71,4 @@ def random_checkpoint_files(config: KimiK25Config) -> dict[str, bytes]:
 
 def has_random_weights(directory: str | Path) -> bool:
     """Whether the checkpoint in `directory` is marked as a random one."""
-    return (Path(directory) / RANDOM_MARK).is_file()
+    return (checked_path(directory) / RANDOM_MARK).is_file()

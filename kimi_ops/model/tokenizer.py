@@ -22,7 +22,7 @@ from typing import Any
 
 import tiktoken
 
-from kimi_ops.model.errors import CheckpointError, KimiError
+from kimi_ops.model.errors import CheckpointError, KimiError, checked_path
 from kimi_ops.model.json_file import read_json_object
 from kimi_ops.model.tokenizer_files import (
     CONFIG_FILE,
@@ -129,9 +129,10 @@ class KimiTokenizer:
         Raises:
             CheckpointError: a missing or malformed file, with the file and the line or key.
         """
-        model_path = Path(directory) / MODEL_FILE
+        directory = checked_path(directory, CheckpointError)
+        model_path = directory / MODEL_FILE
         ranks = parse_ranks(read_file(model_path), source=str(model_path))
-        config_path = Path(directory) / CONFIG_FILE
+        config_path = directory / CONFIG_FILE
         config = (
             read_json_object(config_path, MAX_CONFIG_BYTES, CheckpointError)
             if config_path.exists()

@@ -126,9 +126,11 @@ class VisionTower(Parameters):
     def _check(self, pixel_values: Tensor, grid_thws: Tensor) -> Tensor:
         """Patches per entry, ``[n]``; everything that the ops leave to their caller."""
         patch = self.config.patch_size
-        if pixel_values.shape[1:] != (3, patch, patch):
+        # Integers would be raw bytes: pixels two hundred times too bright, without a word.
+        if pixel_values.shape[1:] != (3, patch, patch) or not pixel_values.is_floating_point():
             raise MediaError(
-                f"pixel_values must be [L, 3, {patch}, {patch}], got {list(pixel_values.shape)}"
+                f"pixel_values must be [L, 3, {patch}, {patch}] floats, got "
+                f"{list(pixel_values.shape)} {pixel_values.dtype}"
             )
         for entry, (t, h, w) in enumerate(grid_thws.tolist()):
             frames = self.config.init_pos_emb_time

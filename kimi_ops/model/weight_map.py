@@ -91,11 +91,23 @@ def _elements(shape: tuple[int, ...]) -> int:
     return count
 
 
+def check_config(config: object) -> None:
+    """Raises `ConfigError` for anything but a `KimiK25Config`."""
+    if not isinstance(config, KimiK25Config):
+        raise ConfigError(
+            f"config must be a KimiK25Config (KimiK25Config.from_file reads one), "
+            f"got {type(config).__name__}"
+        )
+
+
 def check_layers(config: KimiK25Config, layers: range | None) -> range:
     """The decoder layers meant by `layers` (None: all). Raises `ConfigError` if there are none."""
+    check_config(config)
     count = config.text_config.num_hidden_layers
     if layers is None:
         return range(count)
+    if not isinstance(layers, range):
+        raise ConfigError(f"layers must be a range such as range(0, {count}), got {layers!r:.80}")
     if layers.step != 1 or len(layers) == 0 or layers.start < 0 or layers.stop > count:
         raise ConfigError(
             f"layers must be a non-empty range with step 1 inside 0-{count - 1}, got {layers}"
@@ -105,7 +117,7 @@ def check_layers(config: KimiK25Config, layers: range | None) -> range:
 
 def parse_layers(text: str, config: KimiK25Config) -> range:
     """Reads `"3"` or `"0-3"` (both ends included) as decoder layers. Raises `ConfigError`."""
-    match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text)
+    match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", str(text))
     if match is None:
         raise ConfigError(f"layers must look like '3' or '0-3', got {text!r}")
     first = int(match[1])
@@ -114,6 +126,7 @@ def parse_layers(text: str, config: KimiK25Config) -> range:
 
 def iter_fused(config: KimiK25Config, layers: range | None = None) -> Iterator[FusedParameter]:
     """The fused parameters in model order, each with the checkpoint tensors it is made of."""
+    check_config(config)
     text = config.text_config
     vocab, width = text.vocab_size, text.hidden_size
     yield _whole("language.embed_tokens", "language_model.model.embed_tokens.weight", vocab, width)
