@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +14,12 @@ import torch
 import kimi_ops
 from kimi_ops._dispatch import BACKENDS, get_op, has_kernel
 from kimi_ops.testing import cases
+from kimi_ops.testing.ways import WAYS, ways_of, with_way
+
+_WAYS = {way.name: way for way in WAYS}
+# Tests that run a kernel without a GPU: node id -> way. What was left out for size: way -> cases.
+_SIMULATED = pytest.StashKey[dict[str, str]]()
+_LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,16 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SIMULATED], config.stash[_LEFT_OUT] = {}, Counter()
     for item in config.getoption("--backend-module"):
         op, _, module = item.partition("=")
         kimi_ops.register_backend(op, "mine", importlib.import_module(module))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with the argument ``backend`` or ``case`` runs for each of the module's ``OP``."""
+    """A test with the argument ``backend`` or ``case`` runs for each of the module's ``OP``.
+
+    The tensors are on the CPU, so the backends of a GPU run in each way that there is without one.
+    """
     op = getattr(metafunc.module, "OP", None)
     if "backend" in metafunc.fixturenames:
-        names = [name for name in BACKENDS if has_kernel(op, name)]
+        names = [name for name in ("reference", "cpu") if has_kernel(op, name)]
+        names += [way.name for way in ways_of(op)]
         names += [name for name in get_op(op).known_backends() if name not in BACKENDS]
         metafunc.parametrize("backend", names, indirect=True)
     if "case" in metafunc.fixturenames:
@@ -41,14 +56,68 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases(op, full=full), ids=str)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the cases that are too large for a slow way, and counts them for the summary."""
+    full = config.getoption("--full")
+    work: dict[int, int] = {}
+    kept, left_out = [], []
+    for item in items:
+        params = (
+            item.callspec.params
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else {}
+        )
+        way, case = _WAYS.get(params.get("backend")), params.get("case")
+        if way is not None:
+            config.stash[_SIMULATED][item.nodeid] = way.name
+            if case is not None and not full:
+                if id(case) not in work:
+                    work[id(case)] = case.work
+                if work[id(case)] > way.work_limit:
+                    config.stash[_LEFT_OUT][way.name] += 1
+                    left_out.append(item)
+                    continue
+        kept.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """How many tests each way of running without a GPU had, and what was left out for size."""
+    way_of, left_out = config.stash[_SIMULATED], config.stash[_LEFT_OUT]
+    ran: dict[str, Counter[str]] = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            way = way_of.get(getattr(report, "nodeid", ""))
+            if way is not None:
+                ran.setdefault(way, Counter())[outcome] += 1
+    names = [name for name in _WAYS if name in ran or left_out[name]]
+    if names:
+        terminalreporter.section("kernels without a GPU")
+    for name in names:
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in ran.get(name, Counter()).items())
+        note = f"; {left_out[name]} left out for size (--full runs them)" * bool(left_out[name])
+        terminalreporter.write_line(f"{name}: {counts or 'none ran'}{note}")
+
+
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Name of a backend that has a kernel for the module's ``OP``; skips where it cannot run."""
     name: str = request.param
-    reason = get_op(request.module.OP).why_not(name, None)
-    if reason is not None:
-        pytest.skip(f"{request.module.OP}: backend {name} cannot run here: {reason}")
-    return name
+    op = request.module.OP
+    way = _WAYS.get(name)
+    reason = get_op(op).why_not(way.backend if way else name, None)
+    if reason is not None and not (way and way.backend == "cuda"):
+        pytest.skip(f"{op}: backend {name} cannot run here: {reason}")
+    with with_way(op, way) if way else contextlib.nullcontext(name) as registered:
+        if case := getattr(request.node, "callspec", SimpleNamespace(params={})).params.get("case"):
+            reason = get_op(op).why_not(registered, case.args())
+            if reason is not None:
+                pytest.skip(f"declared by the kernel: {reason}")
+        yield registered
 
 
 @pytest.fixture(autouse=True)

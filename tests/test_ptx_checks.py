@@ -354,7 +354,7 @@ def test_races_between_ctas():
 LAST = """
 mov.u32 %r1, %ctaid.x; mad.wide.u32 %d9, %r1, 4, %d0; setp.ne.u32 %p1, %r0, 0; @%p1 exit;
 add.u32 %r2, %r1, 1; st.global.b32 [%d9], %r2; fence.acq_rel.gpu;
-atom.global.add.u32 %r3, [%d1], 1; setp.ne.u32 %p2, %r3, 15; @%p2 exit;
+atom.global.add.u32 %r3, [%d1], 1; fence.acq_rel.gpu; setp.ne.u32 %p2, %r3, 15; @%p2 exit;
 mov.b32 %r4, 0; mov.b32 %r5, 0;
 L: mad.wide.u32 %d8, %r4, 4, %d0; ld.global.b32 %r6, [%d8]; add.u32 %r5, %r5, %r6;
 add.u32 %r4, %r4, 1; setp.lt.u32 %p3, %r4, 16; @%p3 bra L;

@@ -223,7 +223,7 @@ def test_signs():
 @pytest.mark.parametrize(
     ("text", "function", "allowed"),
     [
-        # The ISA's own bounds (9.7.3.13-9.7.3.22): relative, or absolute for sin, cos and lg2.
+        # The ISA's own bounds (rcp to tanh): relative, or absolute for sin, cos and lg2.
         ("rcp.approx.ftz.f32", lambda x: 1 / x, 2**-23),
         ("rcp.rn.f32", lambda x: 1 / x, 2**-24),
         ("sqrt.rn.f32", math.sqrt, 2**-24),

@@ -24,7 +24,15 @@ def test_every_family_is_loaded():
 def test_every_entry_is_complete():
     assert len(ENTRIES) > 100
     for entry in ENTRIES:
-        assert re.fullmatch(r"9\.7\.\d+(\.\d+)*", entry.section), entry.opcode
+        # "Logic and Shift Instructions: shl": a chapter of the ISA, and who the section is about.
+        chapter, names = entry.section.split(": ")
+        assert re.fullmatch(r"[A-Z][A-Za-z-]+( [A-Za-z-]+)* [Ii]nstructions?", chapter), (
+            entry.opcode
+        )
+        about = {name.split(".")[0] for name in names.split(", ")}
+        # Other hints to the caches stand with prefetch.
+        about |= {"applypriority", "createpolicy"} if "prefetchu" in about else set()
+        assert entry.opcode.split(".")[0] in about, entry.opcode
         assert entry.summary.endswith((".", ")")), entry.opcode
         assert entry.types <= set(TYPES), entry.opcode
         assert not entry.modifiers & set(TYPES), entry.opcode
@@ -43,7 +51,7 @@ def test_what_a_family_adds_is_found_and_only_that():
     with pytest.raises(UnsupportedPtx, match="unsupported instruction frobnicate"):
         Kernel(kernel_text("frobnicate.b32 %r1, %r0;"))
 
-    @instruction("frobnicate", family="integer", section="9.7.1.1", types="b32")
+    @instruction("frobnicate", family="integer", section="Integer: none", types="b32")
     def frobnicate(binder):
         """Swaps halves."""
 

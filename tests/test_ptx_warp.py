@@ -97,7 +97,7 @@ def test_match_and_elect():
     assert got.tolist() == [7] * 4 + [4] + [99] * 27
 
 
-# Matrix instructions. Fragments follow the figures of the ISA (9.7.14.5.7 and others), written out
+# Matrix instructions. Fragments follow the figures of the ISA, written out
 # element by element.
 
 
@@ -312,7 +312,7 @@ def test_byte_and_vector_accesses_extend_and_keep_order():
         ("add.weird.s32 %r1, %r1, %r1;", r"\.weird of add"),
         ("mma.sync.aligned.m16n8k16.row.col.f32.e4m3.e4m3.f32 {%f1}, {%r1}, {%r1}, {%f1};", "e4m3"),
         ("add.s32 %h1, %h1, %h1;", "16-bit register %h1"),
-        ("wgmma.fence.sync.aligned;", "wgmma"),
+        ("tcgen05.fence::before_thread_sync;", "tcgen05"),
         ("mov.u32 %r1, %clock;", "%clock"),
         ("cp.async.ca.shared.global [%r1], [%d0], 12;", "size 12"),
     ],

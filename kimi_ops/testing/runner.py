@@ -1,8 +1,9 @@
 """Runs Triton kernels as PTX on CPU tensors, without a driver.
 
 `run_triton` compiles a ``@triton.jit`` kernel ahead of time, with the specialisation that Triton's
-launcher would choose for the arguments, and executes the PTX in the emulator. `emulated` does so
-for every launch in a block, so that an op's own ``launch`` runs end to end.
+launcher would choose for the arguments, and executes the PTX in the emulator; `run_cuda` does the
+same with CUDA C++. `emulated` does so for every launch of either in a block, so that an op's own
+``launch`` runs end to end.
 
 Source: Triton 3.4 to 3.9, specialisation of arguments (divisibility by 16, equality to 1).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,26 @@ from unittest import mock
 
 import torch
 
+from kimi_ops._dispatch import simulated
+from kimi_ops.cuda._launcher import use_launcher
+from kimi_ops.kernels._target import Target, is_named, targeting
+from kimi_ops.testing.cuda_runner import EmulatedLauncher, compile_kernel, parsed, run_cuda
+from kimi_ops.testing.devices import device
 from kimi_ops.testing.ptx import Checks, Kernel, LaunchError, Report
+from kimi_ops.testing.ptx.written import Written
+
+__all__ = [
+    "Compiled",
+    "Emulation",
+    "Specialisation",
+    "compile_kernel",
+    "compile_triton",
+    "emulated",
+    "run_cuda",
+    "run_triton",
+    "specialise",
+    "target_of",
+]
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -44,6 +65,10 @@ _SCALARS = {
     "u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q", "fp32": "<f", "fp64": "<d",
 }  # fmt: skip
 _ALIGNMENT = 16
+# SMs of A100, A10, L4, H100 (SXM), B200, RTX 5090.
+_MULTIPROCESSORS = {
+    "sm_80": 108, "sm_86": 72, "sm_89": 58, "sm_90": 132, "sm_100": 148, "sm_120": 170
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,6 +145,7 @@ class Compiled:
         shared_bytes: dynamic shared memory that it needs.
         threads: per CTA.
         scratch_bytes: global scratch memory per CTA.
+        cooperative: launched so that all CTAs are resident at once.
         specialisation: what it is compiled for.
     """
 
@@ -128,13 +154,14 @@ class Compiled:
     shared_bytes: int
     threads: int
     scratch_bytes: int
+    cooperative: bool
     specialisation: Specialisation
 
 
 def compile_triton(
     kernel: Any, arguments: Mapping[str, Any], *, arch: int = 80, **options: Any
 ) -> Compiled:
-    """Compiles a ``@triton.jit`` kernel for a call, with neither driver nor GPU.
+    """Compiles a ``@triton.jit`` or ``@gluon.jit`` kernel for a call, without driver and GPU.
 
     Args:
         kernel: the function.
@@ -152,7 +179,11 @@ def compile_triton(
         raise LaunchError(f"{kernel!r} is no compiled kernel; TRITON_INTERPRET must be unset")
     special = specialise(kernel, arguments)
     position = {param.name: (number,) for number, param in enumerate(kernel.params)}
-    source = compiler.ASTSource(
+    source_of = compiler.ASTSource
+    if kernel.is_gluon():
+        gluon = importlib.import_module("triton.experimental.gluon._runtime")
+        source_of = gluon.GluonASTSource
+    source = source_of(
         fn=kernel,
         signature=special.signature,
         constexprs={position[name]: value for name, value in special.constants.items()},
@@ -166,11 +197,12 @@ def compile_triton(
         raise LaunchError("profiling scratch memory is not supported")
     ptx = compiled.asm["ptx"]
     return Compiled(
-        Kernel(ptx, metadata.name),
+        parsed(ptx, metadata.name),
         ptx,
         metadata.shared,
         metadata.num_warps * 32,
         getattr(metadata, "global_scratch_size", 0),
+        bool(getattr(metadata, "launch_cooperative_grid", False)),
         special,
     )
 
@@ -194,6 +226,7 @@ def run_triton(
     *args: Any,
     arch: int = 80,
     uninitialised: Sequence[torch.Tensor] = (),
+    written: Written | None = None,
     checks: Checks | None = None,
     seed: int | None = None,
     **named: Any,
@@ -205,7 +238,7 @@ def run_triton(
         grid: one to three sizes, or a function of the arguments that gives them.
         args, named: arguments and compiler options, as for a launch; tensors on the CPU.
         arch: 80 for sm_80, and so on.
-        uninitialised, checks, seed: as `Kernel.launch` takes them.
+        uninitialised, written, checks, seed: as `Kernel.launch` takes them.
 
     Raises:
         LaunchError: what cannot be launched.
@@ -240,10 +273,18 @@ def run_triton(
         (compiled.threads,),
         values,
         dynamic_shared_bytes=compiled.shared_bytes,
+        cooperative=compiled.cooperative,
         uninitialised=uninitialised,
+        written=written,
         checks=checks,
         seed=seed,
     )
+
+
+def target_of(arch: int) -> Target:
+    """The GPU that kernels executed for an architecture are told they run on: a product with it."""
+    name = f"sm_{arch}"
+    return Target("cuda", arch, _MULTIPROCESSORS[name], device(name).shared_per_block_bytes)
 
 
 @dataclass
@@ -254,23 +295,76 @@ class Emulation:
 
 
 @contextlib.contextmanager
+def _workspaces(written: Written) -> Iterator[None]:
+    """What torch allocates without content in the block must be written before it is read."""
+
+    def declaring(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocated(*args: Any, **named: Any) -> torch.Tensor:
+            tensor = allocate(*args, **named)
+            written.declare(tensor)
+            return tensor
+
+        return allocated
+
+    with contextlib.ExitStack() as stack:
+        for owner, names in (
+            (torch, ("empty", "empty_like", "empty_strided")),
+            (torch.Tensor, ("new_empty", "new_empty_strided")),
+        ):
+            for name in names:
+                patched = declaring(getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, patched))
+        yield
+
+
+@contextlib.contextmanager
 def emulated(
-    *, arch: int = 80, checks: Checks | None = None, seed: int | None = None
+    *,
+    arch: int = 80,
+    uninitialised: Sequence[torch.Tensor] = (),
+    checks: Checks | None = None,
+    seed: int | None = None,
 ) -> Iterator[Emulation]:
-    """Sends every Triton launch in a ``with`` block to the emulator; not for several threads.
+    """Sends every launch in a ``with`` block to the emulator; not for several threads.
+
+    Launches of Triton kernels and, through `kimi_ops.cuda._launcher`, of CUDA C++; in the block
+    the backends ``triton`` and ``cuda`` of every op take CPU tensors. What ``torch.empty`` and its
+    family allocate in the block holds nothing until a launch, or torch in place, has written it.
+    Unless a block around this one names another GPU, kernels are told that they run on one of the
+    architecture (`target_of`).
 
     Args:
         arch, checks, seed: as for `run_triton`.
+        uninitialised: tensors that hold nothing at the start, and every element at the end.
+
+    Raises:
+        PtxError: what a check found; `Uninitialised` at the end of the block.
     """
-    triton = importlib.import_module("triton")
-    emulation = Emulation()
+    emulation, written = Emulation(), Written()
+    for tensor in uninitialised:
+        written.declare(tensor)
+
+    def done(name: str, report: Report) -> None:
+        emulation.launches.append((name, report))
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Report:
         if warmup:
             raise LaunchError("a warm-up has nothing to run in the emulator")
-        report = run_triton(kernel, grid, *args, arch=arch, checks=checks, seed=seed, **named)
-        emulation.launches.append((kernel.__name__, report))
+        report = run_triton(
+            kernel, grid, *args, arch=arch, written=written, checks=checks, seed=seed, **named
+        )
+        done(kernel.__name__, report)
         return report
 
-    with mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
+    launcher = EmulatedLauncher(arch, checks, seed, written, done)
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("triton") is not None:
+            jit = importlib.import_module("triton").runtime.jit
+            stack.enter_context(mock.patch.object(jit.JITFunction, "run", run))
+        if not is_named():
+            stack.enter_context(targeting(target_of(arch)))
+        stack.enter_context(use_launcher(launcher))
+        stack.enter_context(simulated("triton", "cuda"))
+        stack.enter_context(_workspaces(written))
         yield emulation
+    written.require(uninitialised)

@@ -3,7 +3,8 @@
 A `Case` makes the arguments of one call, all of them, in the order of the schema, on the CPU and
 from a seed of its own. What a kernel must not touch is poisoned: cache entries past a sequence's
 length and unused pages are NaN, unused page ids are absurd, sizes sit on and around tile borders,
-tensors are strided. Cases marked ``full`` are large and run only when asked for.
+tensors are strided. Cases marked ``full`` are large and run only when asked for; kernels that are
+interpreted or emulated leave out those of more ``work`` than they can do in a few seconds.
 """
 
 from __future__ import annotations
@@ -27,12 +28,21 @@ class Case:
         op, name: what it is for; the name tells what is special about it.
         build: ``build(generator)`` returns the arguments.
         full: part of the full grid only.
+        declared_work: see `work`; None: as many units as the arguments have elements.
     """
 
     op: str
     name: str
     build: Callable[[torch.Generator], tuple[Any, ...]]
     full: bool = False
+    declared_work: int | None = None
+
+    @property
+    def work(self) -> int:
+        """What a slow way of running a kernel has to do: elements read, or multiply-adds / 64."""
+        if self.declared_work is not None:
+            return self.declared_work
+        return sum(arg.numel() for arg in self.args() if isinstance(arg, torch.Tensor))
 
     def args(self) -> tuple[Any, ...]:
         """The arguments, the same ones at every call."""
@@ -44,11 +54,17 @@ class Case:
 
 
 def add(
-    op: str, name: str, build: Callable[..., tuple[Any, ...]], *, full: bool = False, **options: Any
+    op: str,
+    name: str,
+    build: Callable[..., tuple[Any, ...]],
+    *,
+    full: bool = False,
+    work: int | None = None,
+    **options: Any,
 ) -> None:
     """Registers a case; ``build(generator, **options)`` returns its arguments."""
     assert name not in CASES.setdefault(op, {}), f"{op} has two cases {name}"
-    CASES[op][name] = Case(op, name, partial(build, **options), full)
+    CASES[op][name] = Case(op, name, partial(build, **options), full, work)
 
 
 def cases(op: str, *, full: bool = False) -> list[Case]:

@@ -10,7 +10,9 @@ from kimi_ops.testing.ptx.errors import (
     Divergence,
     DivisionByZero,
     LaunchError,
+    MbarrierError,
     Misaligned,
+    MissingFence,
     MissingWait,
     OutOfBounds,
     PtxError,
@@ -20,6 +22,7 @@ from kimi_ops.testing.ptx.errors import (
     UnsupportedPtx,
 )
 from kimi_ops.testing.ptx.kernel import Checks, Kernel, Report
+from kimi_ops.testing.ptx.tensor_maps import TensorMap
 
 __all__ = [
     "Checks",
@@ -28,13 +31,16 @@ __all__ = [
     "DivisionByZero",
     "Kernel",
     "LaunchError",
+    "MbarrierError",
     "Misaligned",
+    "MissingFence",
     "MissingWait",
     "OutOfBounds",
     "PtxError",
     "PtxSyntaxError",
     "Race",
     "Report",
+    "TensorMap",
     "Uninitialised",
     "UnsupportedPtx",
 ]

@@ -4,7 +4,7 @@ Warps that wait are kept with the place where they go on. A barrier completes, C
 warps that it counts have arrived; a warp that has exited counts as arrived where no thread count is
 given, as the hardware has it.
 
-Source: PTX ISA 8.7, section 9.7.13.1 (bar, barrier).
+Source: PTX ISA, "Parallel Synchronization and Communication Instructions: bar, barrier".
 """
 
 from __future__ import annotations
@@ -45,13 +45,21 @@ class Barriers:
         self._place = np.full((machine.ctas, BARRIERS), -1, np.int64)
 
     def arrive(
-        self, site: Site, active: Active, barrier: int, threads: int | None, *, wait: bool
+        self,
+        site: Site,
+        active: Active,
+        barrier: int,
+        threads: int | None,
+        *,
+        wait: bool,
+        aligned: bool = True,
     ) -> list[tuple[int, Array | None]]:
         """The active warps arrive; returns the groups that go on.
 
         Args:
             threads: number of threads that the barrier waits for; None for all of the CTA.
             wait: False for ``arrive``.
+            aligned: whether all warps are expected at one place; ``barrier.sync`` is for others.
         """
         machine = self.machine
         after = site.index + 1
@@ -77,7 +85,7 @@ class Barriers:
                     raise site.fail(
                         Divergence, f"barrier {barrier} with different thread counts", lane
                     )
-                if threads is None and self._place[cta, barrier] != site.index:
+                if aligned and threads is None and self._place[cta, barrier] != site.index:
                     other = machine.sites[int(self._place[cta, barrier])].line
                     raise site.fail(
                         Divergence,

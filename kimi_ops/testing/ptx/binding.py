@@ -34,12 +34,13 @@ class Active:
         full: every lane that is not active has exited: registers may be written without the mask.
     """
 
-    __slots__ = ("_bits", "_lanes", "count", "full", "mask")
+    __slots__ = ("_bits", "_lanes", "_warps", "count", "full", "mask")
 
     def __init__(self, mask: Array, count: int, full: bool) -> None:
         self.mask, self.count, self.full = mask, count, full
         self._lanes: Array | None = None
         self._bits: Array | None = None
+        self._warps: Array | None = None
 
     @property
     def lanes(self) -> Array:
@@ -58,7 +59,14 @@ class Active:
     @property
     def warps(self) -> Array:
         """Indices of the warps of the batch that have an active lane."""
-        return np.flatnonzero(self.bits)
+        if self._warps is None:
+            self._warps = np.flatnonzero(self.bits)
+        return self._warps
+
+    @property
+    def whole(self) -> bool:
+        """Whether all 32 lanes of each of those warps are active."""
+        return len(self.warps) * WARP == self.count
 
 
 class Site:
@@ -70,10 +78,16 @@ class Site:
         self.sectors = Sectors()
         self.wavefronts = Wavefronts()
         self.acquires = self.releases = False
+        # Whether its accesses of global memory are a bulk copy's, all of one lane.
+        self.bulk = "bulk" in ins.parts
 
     def fail(self, kind: type[PtxError], message: str, lane: int) -> PtxError:
         """A report about one lane of the batch."""
         return kind(message, self.machine.where(self.ins, int(lane)))
+
+    def split(self, count: int) -> list[tuple[Site, slice]]:
+        """Which of ``count`` accesses are whose: all its own, unless it stands for several."""
+        return [(self, slice(count))]
 
     def race(self, name: str, lanes: Array, offset: Array) -> Callable[[int, str], Exception]:
         """How a race found by this instruction is reported."""
@@ -88,6 +102,7 @@ class Binder:
         ins, entry, site: the instruction, its entry, its place in reports.
         mods: modifiers that are no types.
         types: the type modifiers, in order.
+        shape: of a result: (lanes,), or for a run of n instructions (n, lanes).
         tracks: set by a builder whose step itself says which results are known (`flag`).
     """
 
@@ -95,6 +110,7 @@ class Binder:
 
     def __init__(self, machine: Machine, ins: Instruction, entry: Entry, site: Site) -> None:
         self.machine, self.ins, self.entry, self.site = machine, ins, entry, site
+        self.shape: tuple[int, ...] = (machine.lanes,)
         rest = ins.parts[entry.opcode.count(".") + 1 :]
         self.mods = frozenset(p for p in rest if p not in TYPES)
         self.types = tuple(TYPES[p] for p in rest if p in TYPES)
@@ -135,7 +151,7 @@ class Binder:
 
         Args:
             wide: the register may be wider than the type, whose low bits are taken (ld, st, cvt;
-                PTX ISA 8.7, section 9.4.1).
+                PTX ISA, "Operand Size Exceeding Instruction-Type Size").
         """
         item = self.ins.operands[operand] if isinstance(operand, int) else operand
         if isinstance(item, Immediate):
@@ -144,16 +160,7 @@ class Binder:
             raise self.unsupported(f"operand {item}")
         registers = self.machine.registers
         if item.name in registers:
-            held = registers[item.name]
-            if scalar.kind == "p" or held.dtype == np.bool_:
-                if scalar.kind != "p" or held.dtype != np.bool_:
-                    raise self.unsupported(f"operand {item.name} of another type")
-                return held
-            if held.itemsize == scalar.size:
-                return held.view(scalar.dtype)
-            if wide and held.itemsize > scalar.size:
-                return held.view(scalar.dtype)[:: held.itemsize // scalar.size]
-            raise self.unsupported(f"{8 * held.itemsize}-bit register {item.name}")
+            return self._read_as(registers[item.name], item.name, scalar, wide)
         special = self.machine.special(item.name)
         if special is not None:
             if special.itemsize == scalar.size:
@@ -165,6 +172,18 @@ class Binder:
         if address is None:
             raise self.unsupported(f"operand {item.name}")
         return np.asarray(address).astype(BITS[scalar.size]).view(scalar.dtype)[()]
+
+    def _read_as(self, held: Array, name: str, scalar: ScalarType, wide: bool) -> Array:
+        """A register's bits [..., lanes] as ``scalar``."""
+        if scalar.kind == "p" or held.dtype == np.bool_:
+            if scalar.kind != "p" or held.dtype != np.bool_:
+                raise self.unsupported(f"operand {name} of another type")
+            return held
+        if held.itemsize == scalar.size:
+            return held.view(scalar.dtype)
+        if wide and held.itemsize > scalar.size:
+            return held.view(scalar.dtype)[..., :: held.itemsize // scalar.size]
+        raise self.unsupported(f"{8 * held.itemsize}-bit register {name}")
 
     def _constant(self, item: Immediate, scalar: ScalarType) -> Any:
         if scalar.kind == "p":
@@ -203,7 +222,7 @@ class Binder:
         """The register of a result as an array [lanes] to write into.
 
         With ``wide``, a wider register gives an integer array of its own width, signed if the
-        type is, so that assignment extends as section 9.4.1 has it; `put` does that.
+        type is, so that assignment extends as the ISA has it; `put` does that.
         """
         item = self.ins.operands[operand] if isinstance(operand, int) else operand
         if isinstance(item, Pair):
@@ -215,15 +234,19 @@ class Binder:
         held = self.machine.registers.get(item.name)
         if held is None:
             raise self.unsupported(f"result {item.name}, which is no register")
+        return self._write_as(held, item.name, scalar, wide)
+
+    def _write_as(self, held: Array, name: str, scalar: ScalarType, wide: bool) -> Array:
+        """A register's bits [..., lanes] as an array to write a ``scalar`` into."""
         if scalar.kind == "p" or held.dtype == np.bool_:
             if scalar.kind != "p" or held.dtype != np.bool_:
-                raise self.unsupported(f"result {item.name} of another type")
+                raise self.unsupported(f"result {name} of another type")
             return held
         if held.itemsize == scalar.size:
             return held.view(scalar.dtype)
         if wide and held.itemsize > scalar.size:
             return held.view(f"i{held.itemsize}") if scalar.kind == "s" else held
-        raise self.unsupported(f"{8 * held.itemsize}-bit register {item.name} for the result")
+        raise self.unsupported(f"{8 * held.itemsize}-bit register {name} for the result")
 
     def results(self, operand: int, scalar: ScalarType, *, wide: bool = False) -> list[Array]:
         """The elements of a vector result."""
@@ -233,6 +256,19 @@ class Binder:
         """The ``q`` of a result ``p|q``, a predicate; None without one."""
         item = self.ins.operands[operand]
         return self.dst(item.second, TYPES["pred"]) if isinstance(item, Pair) else None
+
+    def require_apart(self, lanes: Array, addresses: Array, *, shared: bool) -> None:
+        """Says that a run of stores can only be one where no two write the same place."""
+
+    def require_one_buffer(self, addresses: Array) -> None:
+        """Says that a run of accesses of global memory can only be one in one buffer."""
+
+    def require_alike(self, flags: Array) -> None:
+        """Says that a run can only be one where all of its lanes do the same."""
+
+    def lanes_of(self, active: Active) -> Array:
+        """The active lanes, for a run once per instruction."""
+        return active.lanes if len(self.shape) == 1 else np.tile(active.lanes, self.shape[0])
 
     # Steps
 
@@ -297,12 +333,12 @@ def put(result: Array, values: Any, active: Active) -> None:
 
 
 def put_lanes(result: Array, values: Array, active: Active) -> None:
-    """Writes values [active lanes] to the active lanes of a register."""
+    """Writes values [..., active lanes] to the active lanes of a register."""
     if values.dtype.itemsize == result.dtype.itemsize:
         values = values.view(result.dtype)
     elif values.dtype.kind not in "iu":
         values = values.view(BITS[values.dtype.itemsize])
-    if active.count == len(result):
+    if active.count == result.shape[-1]:
         result[...] = values
     else:
-        result[active.lanes] = values
+        result[..., active.lanes] = values

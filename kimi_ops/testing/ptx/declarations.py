@@ -1,6 +1,6 @@
 """Variable declarations and debug lines of PTX.
 
-Source: PTX ISA 8.7, sections 5.3-5.5 (variables), 11.5 (debugging directives).
+Source: PTX ISA, "Variables", "Debugging Directives".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Declarations(Tokens):
             self.take()
 
     def debug_line(self) -> None:
-        """``.file n "name" [, time, size]`` and ``.loc f line column [, ...]`` (section 11.5)."""
+        """``.file n "name" [, time, size]`` and ``.loc f line column [, ...]``."""
         if self.take() == ".file":
             number = self.integer()
             self.module.files[number] = self.take().strip('"')
@@ -65,7 +65,7 @@ class Declarations(Tokens):
         return TYPES[name]
 
     def declaration(self) -> list[Variable]:
-        """``.space [.align n] [.v4] .type name[n] [= init] {, ...} ;`` (section 5.4)."""
+        """``.space [.align n] [.v4] .type name[n] [= init] {, ...} ;``."""
         space = self.take().removeprefix(".")
         variables = [self.declared(space)]
         while self.accept(","):

@@ -49,6 +49,14 @@ class MissingWait(PtxError):  # noqa: N818
     """A use of memory while an asynchronous copy into it is in flight."""
 
 
+class MissingFence(PtxError):  # noqa: N818
+    """An asynchronous use of what the generic proxy wrote, without a proxy fence in between."""
+
+
+class MbarrierError(PtxError):
+    """An mbarrier that is used against its rules: not initialised, too many arrivals, ..."""
+
+
 class Divergence(PtxError):  # noqa: N818
     """A barrier or warp collective that not all the threads it names execute."""
 
@@ -58,4 +66,4 @@ class Deadlock(PtxError):  # noqa: N818
 
 
 class DivisionByZero(PtxError):  # noqa: N818
-    """An integer division by zero: a machine-specific value (PTX ISA 8.7, section 9.7.1.8)."""
+    """An integer division by zero: a machine-specific value (PTX ISA: div)."""

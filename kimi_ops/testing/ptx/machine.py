@@ -9,27 +9,34 @@ random, and merge only within the lot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kimi_ops.testing.ptx.async_copies import AsyncCopies
+from kimi_ops.testing.ptx.async_units import AsyncUnits
 from kimi_ops.testing.ptx.barriers import Barriers
-from kimi_ops.testing.ptx.binding import Active, Binder, Site, Step
+from kimi_ops.testing.ptx.binding import Active, Site
 from kimi_ops.testing.ptx.errors import Deadlock, Divergence, Uninitialised
+from kimi_ops.testing.ptx.mbarrier_objects import MBARRIERS
+from kimi_ops.testing.ptx.register_pool import RegisterPool
 from kimi_ops.testing.ptx.shared_memory import LocalMemory, SharedMemory
 from kimi_ops.testing.ptx.special import special_registers
+from kimi_ops.testing.ptx.steps import Steps
 from kimi_ops.testing.ptx.syntax import Instruction
+from kimi_ops.testing.ptx.trace import Recorder
 from kimi_ops.testing.ptx.types import BITS, WARP, Array
-from kimi_ops.testing.ptx.uses import CARRYING
+from kimi_ops.testing.ptx.wgmma import GROUP, Warpgroups, is_mma
 
 if TYPE_CHECKING:
-    from kimi_ops.testing.ptx.kernel import Launch
+    from kimi_ops.testing.ptx.launch import Launch
 
 # A group that jumps back this often while others could run lets them go first: it may be waiting
 # for them.
 _PATIENCE = 200
+# Up to so many lanes a run as one costs less; beyond, a call into numpy is no longer what takes the
+# time, and the copies of a run do (measured: even at 1,024, 15% slower at 2,048).
+_FUSED_LANES = 1024
 
 
 class NotConverged(Exception):  # noqa: N818
@@ -67,10 +74,18 @@ class Machine:
         self.cta_of = lane // (self.warps * WARP)
         self.warp_of = lane // WARP % self.warps
         self.thread = lane % (self.warps * WARP)
-        self.registers: dict[str, Array] = {
-            name: np.zeros(self.lanes, bool if t.kind == "p" else BITS[t.size])
-            for name, t in program.registers.items()
-        }
+        names: dict[np.dtype[Any], list[str]] = {}
+        for name in launch.rows:
+            scalar = program.registers[name]
+            kind = np.dtype(bool) if scalar.kind == "p" else BITS[scalar.size]
+            names.setdefault(kind, []).append(name)
+        files = {kind: np.zeros((len(held), self.lanes), kind) for kind, held in names.items()}
+        self.registers: dict[str, Array] = {}
+        self._place: dict[str, tuple[Array, int]] = {}
+        for kind, held in names.items():
+            for row, name in enumerate(held):
+                self.registers[name] = files[kind][row]
+                self._place[name] = files[kind], row
         self.flags = {name: np.zeros(self.lanes, bool) for name in launch.watched}
         self.carry = np.zeros(self.lanes, bool)
         self.live = np.zeros(self.lanes, bool)
@@ -80,16 +95,25 @@ class Machine:
         self._special["%dynamic_smem_size"] = np.full(self.lanes, launch.dynamic_bytes, np.uint32)
         self._special["%total_smem_size"] = np.full(self.lanes, launch.shared_bytes, np.uint32)
         self.shared = SharedMemory(
-            ctas, self.warps, launch.shared_bytes, launch.granule, self.cta_of, self.warp_of
+            ctas,
+            self.warps,
+            launch.shared_bytes,
+            launch.granule,
+            self.cta_of,
+            self.warp_of,
+            MBARRIERS if launch.has_mbarriers else 0,
+            self.warps // GROUP if any(is_mma(ins) for ins in program.code) else 0,
         )
         self.local = LocalMemory(self.lanes, launch.local_bytes)
         self.sites = [Site(self, ins, i) for i, ins in enumerate(program.code)]
-        self.steps: list[Step | None] = [None] * len(program.code)
         self.issued = np.zeros(len(program.code), np.int64)
-        self.leaders = set(launch.flow.leaders)
-        self._blocks: dict[int, tuple[list[Step], int]] = {}
+        self.recorder = Recorder(launch, ctas, self.warps)
         self.barriers = Barriers(self)
+        self.warpgroups = Warpgroups(self)
+        self.register_pool = RegisterPool(self)
         self.copies = AsyncCopies(self)
+        self.async_units = AsyncUnits(self)
+        self.steps = Steps(self)
         self.ready: dict[tuple[int, int], Array] = {}
         self.parked: dict[tuple[int, int], tuple[Array, str, Array]] = {}
         self._impatience: dict[tuple[int, int], int] = {}
@@ -102,7 +126,7 @@ class Machine:
     # Names
 
     def special(self, name: str) -> Array | None:
-        """A special register (PTX ISA 8.7, chapter 10) as uint32 [lanes]; None if there is none."""
+        """A special register as uint32 [lanes]; None if there is none."""
         return self._special.get(name)
 
     def address_of(self, name: str) -> int | None:
@@ -121,43 +145,10 @@ class Machine:
             f"warp {int(self.warp_of[lane])}, lane {lane % WARP}"
         )
 
-    # Steps
-
-    def _bind(self, index: int) -> Step:
-        ins, entry = self.launch.program.code[index], self.launch.entries[index]
-        binder = Binder(self, ins, entry, self.sites[index])
-        step: Step = entry.build(binder)
-        if entry.control:
-            return step
-        reads, writes = self.launch.uses[index]
-        if ins.guard is not None:
-            reads = reads - {ins.guard.name}
-        watched_reads = sorted(r for r in reads if r in self.flags)
-        watched_writes = sorted(w for w in writes if w in self.flags)
-        if (watched_reads or watched_writes) and not binder.tracks:
-            step = self._watched(step, index, watched_reads, watched_writes)
-        if ins.guard is not None:
-            guard_flag = self.flags.get(ins.guard.name)
-            step = self._guarded(step, binder.predicate(ins.guard), guard_flag, index)
-        return step
-
-    def _watched(self, step: Step, index: int, reads: list[str], writes: list[str]) -> Step:
-        read_flags = [(name, self.flags[name]) for name in reads]
-        write_flags = [self.flags[name] for name in writes]
-        carries = self.launch.entries[index].family in CARRYING
-
-        def watched(active: Active) -> None:
-            known = active.mask
-            for name, flag in read_flags:
-                if carries:
-                    known = known & flag
-                else:
-                    self.require(flag, active.mask, name, index)
-            step(active)
-            for flag in write_flags:
-                np.copyto(flag, known, where=active.mask)
-
-        return watched
+    def rows_of(self, names: list[str]) -> tuple[Array, Array]:
+        """The register file [registers, lanes] that holds registers of one width; their rows."""
+        places = [self._place[name] for name in names]
+        return places[0][0], np.array([row for _, row in places])
 
     def require(self, flag: Array, mask: Array, name: str, index: int) -> None:
         """Raises where an active lane reads a register that it has never written."""
@@ -166,47 +157,6 @@ class Machine:
             raise self.sites[index].fail(
                 Uninitialised, f"read of register {name}, never written", int(missing.argmax())
             )
-
-    def _guarded(
-        self, step: Step, predicate: Callable[[], Array], flag: Array | None, index: int
-    ) -> Step:
-        name = self.launch.program.code[index].guard
-
-        def guarded(active: Active) -> None:
-            if flag is not None and name is not None:
-                self.require(flag, active.mask, name.name, index)
-            mask = active.mask & predicate()
-            count = int(np.count_nonzero(mask))
-            if count == active.count:
-                step(active)
-            elif count:
-                step(Active(mask, count, False))
-
-        return guarded
-
-    def _block(self, start: int) -> tuple[list[Step], int]:
-        """The steps from ``start`` up to the next leader or control instruction, and its index."""
-        block = self._blocks.get(start)
-        if block is None:
-            code, entries = self.launch.program.code, self.launch.entries
-            steps: list[Step] = []
-            index = start
-            while index < len(code) and not entries[index].control:
-                if index > start and index in self.leaders:
-                    break
-                step = self.steps[index]
-                if step is None:
-                    step = self.steps[index] = self._bind(index)
-                steps.append(step)
-                index += 1
-            block = self._blocks[start] = (steps, index)
-        return block
-
-    def _control(self, index: int) -> Step:
-        step = self.steps[index]
-        if step is None:
-            step = self.steps[index] = self._bind(index)
-        return step
 
     # Schedule
 
@@ -254,28 +204,39 @@ class Machine:
             flag[:] = False
         self.shared.reset()
         self.local.flags[:] = 0
-        launch.memory.cta_of = self.cta_number
+        launch.memory.begin_batch(self)
         checks = launch.checks
         self.shared.check_initialised = checks.shared_initialised
         self.shared.check_races = checks.shared_races
         self.barriers.reset()
+        self.warpgroups.reset()
+        self.register_pool.reset()
         self.copies.reset()
+        self.async_units.reset()
+        self.recorder.begin()
         self.ready, self.parked, self._impatience = {}, {}, {}
         if launch.random is not None:
             self.lot_of_warp = launch.random.integers(0, 3, self.ctas * self.warps)
         self.enter(0, self.live.copy())
         self.steps_left = launch.step_limit
-        while self.ready or self.parked or self.barriers.waiting:
+        holders = (self.barriers, self.warpgroups, self.register_pool, self.async_units)
+        while self.ready or self.parked or any(holder.waiting for holder in holders):
             if not self.ready:
                 self._unblock()
             key = self._pick()
             self._impatience.pop(key, None)
             self._run_group(key, self.ready.pop(key))
+        self.recorder.end(numbers)
 
     def _unblock(self) -> None:
         """Nothing can run: what waits for other threads looks again, once; then it is a report."""
+        if self.async_units.progress() and self.ready:
+            return
         if not self.parked:
-            raise Deadlock(*self.barriers.stuck())
+            holders = (self.register_pool, self.warpgroups, self.async_units, self.barriers)
+            for holder in holders:
+                if holder.waiting:
+                    raise Deadlock(*holder.stuck())
         parked, self.parked = self.parked, {}
         if self._progress != self._progress_seen:
             # Threads have exited or moved since these parked.
@@ -295,28 +256,38 @@ class Machine:
         lot, place = key
         active = self._active(mask)
         order, entries = self.launch.flow.order, self.launch.entries
+        fuses = self.launch.fusion is not None and self.lanes <= _FUSED_LANES
         back = 0
         while True:
-            steps, end = self._block(place)
             self.steps_left -= 1
             if self.steps_left < 0:
                 raise self.sites[place].fail(
                     Deadlock, "no end in sight: a loop that makes no progress", active.lanes[0]
                 )
-            done = 0
+            done: int | None = 0
             try:
-                for step in steps:
-                    step(active)
-                    done += 1
+                if fuses and active.whole:
+                    fused, end = self.steps.fused_block(place)
+                    for step, before in fused:
+                        done = before
+                        step(active)
+                else:
+                    steps, end = self.steps.block(place)
+                    for number, step in enumerate(steps):
+                        done = number
+                        step(active)
             except NotConverged as stop:
+                if done is None:
+                    raise
                 self._park(lot, place, place + done, active, stop)
                 return
             self.issued[place:end] += len(active.warps)
-            self._progress += bool(steps)
+            self.recorder.ran(place, end, active)
+            self._progress += end > place
             groups: list[tuple[int, Array | None]] = [(end, None)]
             control = end < len(order) and entries[end].control
             # With a label right at a control instruction, others may be there, to merge with.
-            if control and (end == place or end not in self.leaders):
+            if control and (end == place or end not in self.steps.leaders):
                 groups = self._control_step(end, lot, active)
             if len(groups) == 1 and groups[0][1] is None:
                 following = groups[0][0]
@@ -343,21 +314,21 @@ class Machine:
 
     def _control_step(self, index: int, lot: int, active: Active) -> list[tuple[int, Array | None]]:
         try:
-            groups: list[tuple[int, Array | None]] = self._control(index)(active)
+            groups: list[tuple[int, Array | None]] = self.steps.single(index)(active)
         except NotConverged as stop:
             self._park(lot, index, index, active, stop)
             return []
         self._progress += 1
         self.issued[index] += len(active.warps)
+        self.recorder.ran(index, index + 1, active)
         return groups
 
     def _park(self, lot: int, start: int, place: int, active: Active, stop: NotConverged) -> None:
         """Warps that must wait for their own threads stay; the others go on from here."""
         self.issued[start:place] += len(active.warps)
+        self.recorder.ran(start, place, active)
         self._progress += place > start
-        if place not in self.leaders:
-            self.leaders.add(place)
-            self._blocks.clear()
+        self.steps.lead(place)
         waits = np.repeat(stop.awaited != 0, WARP) & active.mask
         rest = active.mask & ~waits
         key = (lot, place)
@@ -380,7 +351,9 @@ class Machine:
             if (awaited & mask).any():
                 raise self.sites[place].fail(Divergence, what, int((awaited & mask).argmax()))
         self.live &= ~mask
+        self.warpgroups.leave(mask)
         self.barriers.release()
+        self.async_units.leave(mask)
 
     def converged(self, active: Active, members: Array, what: str) -> None:
         """Raises unless every live lane in ``members`` (uint32 [warps], 0 inactive) is active."""

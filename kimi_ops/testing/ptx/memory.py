@@ -11,7 +11,7 @@ Checks: bounds, alignment, initialisation, races. Addresses are laid out by the 
 local variables start at 0 of their windows, global buffers lie far apart, so that no overrun of one
 reaches another.
 
-Source: PTX ISA 8.7, sections 5.1 (state spaces), 9.7.9 (data movement: alignment, generic windows).
+Source: PTX ISA, "State Spaces", "Generic Addressing".
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SHARED_WINDOW = 1 << 33
 LOCAL_WINDOW = 1 << 34
 WINDOW_BYTES = 1 << 24
 GLOBAL_WINDOW = 1 << 40
+# Global buffers are this far apart.
+STRIDE_BITS = 38
 
 Update = Callable[[Array, Array], Array]  # (old values [k], which lanes [k]) -> new values [k]
 
@@ -57,6 +59,12 @@ def in_bounds(
             f"({len(bad)} threads)",
             lanes[bad[0]],
         )
+
+
+def shared_addresses(address: Array) -> Array:
+    """Shared or generic addresses [k] of shared memory as offsets in the CTA's own."""
+    generic = (address >= SHARED_WINDOW) & (address < SHARED_WINDOW + WINDOW_BYTES)
+    return np.where(generic, address - SHARED_WINDOW, address)
 
 
 def rows_of(array: Array, unit: int, count: int) -> Array:

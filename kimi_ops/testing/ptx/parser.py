@@ -3,7 +3,7 @@
 A recursive descent over tokens. Inner ``{ }`` scopes, which inline assembly and call sequences
 make, are flattened: what they declare gets a name of its own.
 
-Source: PTX ISA 8.7, chapter 4 (syntax), sections 5.3-5.5 (variables), chapter 11 (directives).
+Source: PTX ISA, "Syntax", "Variables", "Directives".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import re
 
 from kimi_ops.testing.ptx.declarations import SPACES, Declarations
+from kimi_ops.testing.ptx.errors import UnsupportedPtx
 from kimi_ops.testing.ptx.syntax import (
     Address,
     Function,
@@ -30,8 +31,6 @@ from kimi_ops.testing.ptx.tokens import literal
 _LINKING = (".visible", ".extern", ".weak", ".common", ".managed")
 # Hints to ptxas, each with the words and numbers that follow it.
 _KERNEL_HINTS = (
-    ".minnctapersm",
-    ".maxnreg",
     ".maxnctapersm",
     ".noreturn",
     ".maxclusterrank",
@@ -127,6 +126,13 @@ class _Parser(Declarations):
                 function.required_block = tuple(sizes)
             elif word == ".maxntid":
                 function.max_block = tuple(sizes)
+            elif word == ".maxnreg":
+                (function.max_registers,) = sizes
+            elif word == ".minnctapersm":
+                (function.min_ctas,) = sizes
+            elif word == ".reqnctapercluster" and any(size != 1 for size in sizes):
+                cluster = ", ".join(map(str, sizes))
+                raise UnsupportedPtx(f"unsupported: .reqnctapercluster {cluster}", function.name)
             elif word not in _KERNEL_HINTS:
                 raise self.fail(f"unknown directive {word!r} of a function")
         if self.accept(";"):
@@ -205,7 +211,7 @@ class _Parser(Declarations):
                 function.body[index] = dataclasses.replace(instruction, operands=operands)
 
     def registers(self, function: Function) -> None:
-        """``.reg .type a, %r<10>;`` (section 5.1.1)."""
+        """``.reg .type a, %r<10>;`` ("Register State Space")."""
         self.take()
         lanes = self.take() if self.text in (".v2", ".v4") else ""
         if lanes:

@@ -3,7 +3,8 @@
 PTX functions have no recursion in what the compilers emit for kernels, so that a call is its
 callee's text with its parameters (`.param` variables) renamed to the caller's.
 
-Source: PTX ISA 8.7, sections 7.1 (functions), 9.7.12.5 (call), 9.7.12.6 (ret).
+Source: PTX ISA, "Function Declarations and Definitions",
+"Control Flow Instructions: call", "Control Flow Instructions: ret".
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Program:
         registers: name -> type.
         variables: name -> variable, of every space.
         required_block, max_block: ``.reqntid`` and ``.maxntid``, or ().
+        max_registers, min_ctas: ``.maxnreg`` and ``.minnctapersm``, or 0.
         target: "sm_80".
     """
 
@@ -51,6 +53,8 @@ class Program:
     variables: dict[str, Variable] = field(default_factory=dict)
     required_block: tuple[int, ...] = ()
     max_block: tuple[int, ...] = ()
+    max_registers: int = 0
+    min_ctas: int = 0
 
 
 def _renamed(operand: Operand, names: dict[str, str]) -> Operand:
@@ -168,6 +172,8 @@ def link(module: Module, name: str | None = None) -> Program:
         function.params,
         required_block=function.required_block,
         max_block=function.max_block,
+        max_registers=function.max_registers,
+        min_ctas=function.min_ctas,
         variables=dict(module.variables),
     )
     _Linker(module, program).add(function, {}, "", (name,))

@@ -1,19 +1,15 @@
 """Races: which accesses no synchronisation orders.
 
-Shared memory: every warp has a vector clock over the warps of its CTA. An access is stamped with
-its warp's own clock; a later access by another warp is ordered after it if that warp has seen the
-stamp. Barriers and mbarriers join clocks. Stamps are kept per granule, the smallest width at which
-the kernel touches shared memory, so that neighbours never share one.
+Shared memory: every warp has a vector clock over the actors of its CTA: the warps, and for each
+mbarrier the copies that complete on it. An access is stamped with its actor's own clock; a later
+access by another warp is ordered after it if that warp has seen the stamp. A second clock of each
+warp holds what it has seen proxy-fenced (`proxies`). Barriers and mbarriers join clocks. Stamps are
+kept per granule, the smallest width at which the kernel touches shared memory, so that neighbours
+never share one.
 
-Global memory: the same between CTAs, with sparse clocks that atomics of release and acquire order
-advance.
+Global memory has its own detector (`global_races`), which uses these clocks within a CTA.
 
-Limits: races between warps of one CTA through global memory are not looked for; memory that
-several CTAs have read may be written in the same launch only where every reader is ordered before,
-which is reported as a race since the readers are not told apart.
-
-Source: PTX ISA 8.7, chapter 8 (memory consistency model), sections 8.8 (synchronizes) and 8.9
-(causality order); Lamport, CACM 1978; FastTrack, PLDI 2009.
+Source: PTX ISA, "Memory Consistency Model"; Lamport, CACM 1978; FastTrack, PLDI 2009.
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ from kimi_ops.testing.ptx.types import Array
 
 Report = Callable[[int, str], Exception]
 _WARP_BITS = 8
+_NEVER = (1 << 23) - 1
 
 
 class SharedRaces:
@@ -36,20 +33,37 @@ class SharedRaces:
         granules: per CTA.
         warp_of: [lanes] warp within the CTA.
         cta_of: [lanes] CTA within the batch.
+        others: actors that are no warps: per mbarrier one for bulk copies, then one for cp.async.
+        readers: actors behind those that only read: the warpgroups, for wgmma.
     """
 
-    def __init__(self, ctas: int, warps: int, granules: int, cta_of: Array, warp_of: Array) -> None:
+    def __init__(
+        self,
+        ctas: int,
+        warps: int,
+        granules: int,
+        cta_of: Array,
+        warp_of: Array,
+        others: int = 0,
+        readers: int = 0,
+    ) -> None:
         self.warps, self.granules = warps, granules
+        self.actors = warps + others + readers
+        self._readers = [*range(warps), *range(warps + others, self.actors)]
         self.cta_of, self.warp_of = cta_of, warp_of
-        self.clock = np.zeros((ctas, warps, warps), np.int32)
+        # [:, :, :actors] what a warp has seen, [:, :, actors:] what of it is proxy-fenced.
+        self.clock = np.zeros((ctas, warps, 2 * self.actors), np.int32)
         own = np.arange(warps)
         self.clock[:, own, own] = 1
         self.written = np.zeros(ctas * granules, np.int32)
         self.written_line = np.zeros(ctas * granules, np.int32)
         self.by_atomic = np.zeros(ctas * granules, bool)
-        self.read = np.zeros((warps, ctas * granules), np.int32)
+        self.read = np.zeros((warps + readers, ctas * granules), np.int32)
         self.read_line = np.zeros(ctas * granules, np.int32)
-        self._row = (cta_of * warps + warp_of) * warps
+        self.barriers = np.zeros((ctas, warps), np.int32)
+        self._row = (cta_of * warps + warp_of) * 2 * self.actors
+        self._generic = np.ones(1 << _WARP_BITS, bool)
+        self._generic[warps : self.actors : 2] = False
         self.restamp()
 
     def restamp(self) -> None:
@@ -64,15 +78,66 @@ class SharedRaces:
         self.clock[cta, waiting] = np.maximum(self.clock[cta, waiting], seen)
         own = np.flatnonzero(arrived)
         self.clock[cta, own, own] += 1
+        self.barriers[cta, arrived] += 1
 
     def join_all(self) -> None:
         """A barrier of all warps in every CTA of the batch."""
         self.clock[:] = self.clock.max(axis=1, keepdims=True)
         own = np.arange(self.warps)
         self.clock[:, own, own] += 1
+        self.barriers += 1
         self.restamp()
 
-    def _unordered(self, stamps: Array, lanes: Array) -> Array:
+    def release(self, cta: int, warp: int) -> Array:
+        """What a warp has done and seen so far, to hand on; call `restamp` at the end."""
+        clock: Array = self.clock[cta, warp].copy()
+        self.clock[cta, warp, warp] += 1
+        return clock
+
+    def acquire(self, cta: int, warp: int, clock: Array) -> None:
+        """A warp sees what a clock holds."""
+        np.maximum(self.clock[cta, warp], clock, out=self.clock[cta, warp])
+
+    def fence_proxy(self, warps: Array) -> None:
+        """Warps (numbered over the batch) fence all that they have seen for the async proxy."""
+        clock = self.clock.reshape(-1, 2 * self.actors)
+        clock[warps, self.actors :] = clock[warps, : self.actors]
+        clock[warps, warps % self.warps] += 1
+        self.restamp()
+
+    @staticmethod
+    def landed(actor: int, time: int) -> int:
+        """The stamp of a copy that has landed at a time of its actor."""
+        return time << _WARP_BITS | actor
+
+    @staticmethod
+    def in_flight(actor: int) -> int:
+        """The stamp of a copy that has not: later than anything that a warp has seen."""
+        return _NEVER << _WARP_BITS | actor
+
+    def actor(self, stamp: int) -> str:
+        """Who left a stamp, for reports."""
+        number = stamp & ((1 << _WARP_BITS) - 1)
+        if number < self.warps:
+            return f"warp {number}"
+        return "a warpgroup's wgmma" if number in self._readers else "an asynchronous copy"
+
+    def unfenced(self, stamps: Array, lanes: Array) -> Array:
+        """Which generic writes, stamped [k, n], the warps of lanes [k] know of no fence after."""
+        who = stamps & ((1 << _WARP_BITS) - 1)
+        late: Array = self._generic[who] & (stamps != 0)
+        fenced = self.clock.reshape(-1)[self._row[lanes][:, None] + self.actors + who]
+        late &= (stamps >> _WARP_BITS) > fenced
+        return late
+
+    def unlanded(self, stamps: Array, lanes: Array) -> Array:
+        """Which of the writes are copies whose completion the warps have not waited for."""
+        late: Array = (stamps & ((1 << _WARP_BITS) - 1)) >= self.warps
+        if late.any():
+            late = late & self.unordered(stamps, lanes)
+        return late
+
+    def unordered(self, stamps: Array, lanes: Array) -> Array:
         """Whether accesses stamped [k, n] are not ordered before the lanes' [k] next access."""
         late = (stamps & ((1 << _WARP_BITS) - 1)) != self.warp_of[lanes][:, None]
         late &= stamps != 0
@@ -86,16 +151,24 @@ class SharedRaces:
 
     def on_read(self, lanes: Array, cells: Array, line: int, fail: Report) -> None:
         """Checks and records a read of granules [k, n] (numbered over the batch) by lanes [k]."""
-        late = self._unordered(self.written[cells], lanes)
+        late = self.unordered(self.written[cells], lanes)
         if late.any():
             row, column = np.argwhere(late)[0]
             cell = cells[row, column]
             raise fail(
                 int(row),
-                f"read, not ordered after the write by warp {self.written[cell] & 255} "
+                f"read, not ordered after the write by {self.actor(int(self.written[cell]))} "
                 f"at PTX line {self.written_line[cell]}",
             )
         self.read[self.warp_of[lanes][:, None], cells] = self.now[lanes][:, None]
+        self.read_line[cells] = line
+
+    def read_together(self, cta: int, reader: int, warps: Array, cells: Array, line: int) -> None:
+        """A read of granules [n] by an actor that only reads, over as warps of the CTA know."""
+        actor = self._readers[self.warps + reader]
+        now = int(self.clock[cta, :, actor].max()) + 1
+        self.clock[cta, warps, actor] = now
+        self.read[self.warps + reader, cells] = now
         self.read_line[cells] = line
 
     def on_write(
@@ -113,7 +186,7 @@ class SharedRaces:
         Two warps that store the same value are no race to report: replicated layouts of Triton do
         so. Atomics do not race with each other.
         """
-        late = self._unordered(self.written[cells], lanes)
+        late = self.unordered(self.written[cells], lanes)
         if same is not None:
             late &= ~same
         if atomic:
@@ -123,128 +196,22 @@ class SharedRaces:
             cell = cells[row, column]
             raise fail(
                 int(row),
-                f"write, not ordered after the write by warp {self.written[cell] & 255} "
+                f"write, not ordered after the write by {self.actor(int(self.written[cell]))} "
                 f"at PTX line {self.written_line[cell]}",
             )
         own = self.warp_of[lanes]
-        for warp in range(self.warps):
-            seen = self.clock.reshape(-1)[self._row[lanes] + warp]
-            late = (self.read[warp][cells] > seen[:, None]) & (own != warp)[:, None]
+        for row_of_read, reader in enumerate(self._readers):
+            seen = self.clock.reshape(-1)[self._row[lanes] + reader]
+            late = (self.read[row_of_read][cells] > seen[:, None]) & (own != reader)[:, None]
             if same is not None:
                 late &= ~same
             if late.any():
                 row, column = np.argwhere(late)[0]
                 raise fail(
                     int(row),
-                    f"write, not ordered after the read by warp {warp} "
+                    f"write, not ordered after the read by {self.actor(reader)} "
                     f"at PTX line {self.read_line[cells[row, column]]}",
                 )
         self.written[cells] = self.stamp[lanes][:, None]
         self.written_line[cells] = line
         self.by_atomic[cells] = atomic
-
-
-class GlobalClocks:
-    """Happens-before between CTAs: sparse vector clocks, joined by atomics at an address."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, dict[int, int]] = {}
-        self._released: dict[int, dict[int, int]] = {}
-        self.epoch: dict[int, int] = {}
-
-    def synchronise(self, cta: int, address: int, *, acquire: bool, release: bool) -> None:
-        """One atomic access by a CTA at an address."""
-        seen = self._seen.setdefault(cta, {})
-        if acquire:
-            for other, epoch in self._released.get(address, {}).items():
-                seen[other] = max(seen.get(other, -1), epoch)
-        if release:
-            released = self._released.setdefault(address, {})
-            epoch = self.epoch.get(cta, 0)
-            for other, reached in [*seen.items(), (cta, epoch)]:
-                released[other] = max(released.get(other, -1), reached)
-            self.epoch[cta] = epoch + 1
-
-    def ordered(self, cta: int, other: int, epoch: int) -> bool:
-        """Whether ``cta`` has seen what ``other`` did in its ``epoch``."""
-        return self._seen.get(cta, {}).get(other, -1) >= epoch
-
-
-_SEVERAL = -2
-
-
-class GlobalRaces:
-    """Last accesses of one buffer, per granule: CTA + 1, 0 for none, -2 for several readers."""
-
-    def __init__(self, granules: int, clocks: GlobalClocks) -> None:
-        self.clocks = clocks
-        self.writer = np.zeros(granules, np.int32)
-        self.writer_epoch = np.zeros(granules, np.int32)
-        self.reader = np.zeros(granules, np.int32)
-        self.reader_epoch = np.zeros(granules, np.int32)
-        self.atomic = np.zeros(granules, np.int32)
-        self.atomic_epoch = np.zeros(granules, np.int32)
-
-    def _check(
-        self, last: Array, epochs: Array, ctas: Array, cells: Array, what: str, fail: Report
-    ) -> None:
-        late = (last[cells] != 0) & (last[cells] != ctas[:, None] + 1)
-        if not late.any():
-            return
-        for row, column in np.argwhere(late):
-            cell = cells[row, column]
-            other = int(last[cell]) - 1
-            if other < 0:
-                raise fail(int(row), f"{what} by several CTAs")
-            if not self.clocks.ordered(int(ctas[row]), other, int(epochs[cell])):
-                raise fail(int(row), f"{what} by CTA number {other}")
-
-    def _epochs(self, ctas: Array) -> Array | int:
-        if not self.clocks.epoch:
-            return 0
-        return np.array([self.clocks.epoch.get(int(c), 0) for c in ctas])[:, None]
-
-    def on_read(self, ctas: Array, cells: Array, fail: Report) -> None:
-        """Checks and records a plain read of granules [k, n] by CTAs [k]."""
-        self._check(
-            self.writer, self.writer_epoch, ctas, cells, "read, not ordered after a write", fail
-        )
-        self._check(
-            self.atomic, self.atomic_epoch, ctas, cells, "read, not ordered after an atomic", fail
-        )
-        before = self.reader[cells]
-        own = ctas[:, None] + 1
-        self.reader[cells] = np.where((before == 0) | (before == own), own, _SEVERAL)
-        collided = self.reader[cells] != own
-        if collided.any():
-            self.reader[cells[collided]] = _SEVERAL
-        self.reader_epoch[cells] = self._epochs(ctas)
-
-    def on_write(self, ctas: Array, cells: Array, fail: Report) -> None:
-        """Checks and records a plain write."""
-        for last, epochs, what in (
-            (self.writer, self.writer_epoch, "write, not ordered after a write"),
-            (self.atomic, self.atomic_epoch, "write, not ordered after an atomic"),
-            (self.reader, self.reader_epoch, "write, not ordered after a read"),
-        ):
-            self._check(last, epochs, ctas, cells, what, fail)
-        own = np.broadcast_to(ctas[:, None] + 1, cells.shape)
-        self.writer[cells] = own
-        self.writer_epoch[cells] = self._epochs(ctas)
-        collided = self.writer[cells] != own
-        if collided.any():
-            row, column = np.argwhere(collided)[0]
-            other = int(self.writer[cells[row, column]]) - 1
-            raise fail(int(row), f"write, at the same time as a write by CTA number {other}")
-
-    def on_atomic(self, ctas: Array, cells: Array, fail: Report) -> None:
-        """Checks and records an atomic access."""
-        self._check(
-            self.writer, self.writer_epoch, ctas, cells, "atomic, not ordered after a write", fail
-        )
-        self._check(
-            self.reader, self.reader_epoch, ctas, cells, "atomic, not ordered after a read", fail
-        )
-        # The last CTA stands for all before it: who has seen its release has seen theirs.
-        self.atomic[cells] = ctas[:, None] + 1
-        self.atomic_epoch[cells] = self._epochs(ctas)

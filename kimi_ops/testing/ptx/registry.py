@@ -29,12 +29,14 @@ class Entry:
     Attributes:
         opcode: its first dotted parts, e.g. "add" or "cp.async.wait_group".
         family: class for the counters.
-        section: of PTX ISA 8.7.
+        section: title of its section in the PTX ISA; numbers differ between versions.
         types: type modifiers that it takes.
         modifiers: all others.
         results: leading operands that it writes.
         reads_results: whether it reads them too.
         control: whether it decides where threads go on; such a step returns groups.
+        order: what it may be moved across, and whether it runs as one with its likes: "pure",
+            "lanes", "access", "ordered" or "fixed", as `kimi_ops.testing.ptx.fusion` explains.
         build: makes the step.
         summary: first line of its docstring.
     """
@@ -47,6 +49,7 @@ class Entry:
     results: int
     reads_results: bool
     control: bool
+    order: str
     build: Build
     summary: str
 
@@ -69,8 +72,13 @@ def instruction(
     results: int = 1,
     reads_results: bool = False,
     control: bool = False,
+    order: str = "fixed",
 ) -> Callable[[Build], Build]:
-    """Registers the function below it for ``opcode``; several names are separated by spaces."""
+    """Registers the function below it for ``opcode``; several names are separated by spaces.
+
+    Unless ``order`` is "ordered" or "fixed", operands may come as [n, lanes], for a run of n
+    instructions, and the step must give results of that shape (`Binder.shape`).
+    """
 
     def register(build: Build) -> Build:
         summary = (build.__doc__ or "").strip().splitlines()[0]
@@ -84,6 +92,7 @@ def instruction(
                 results,
                 reads_results,
                 control,
+                order,
                 build,
                 summary,
             )

@@ -9,6 +9,7 @@ rounded sums: proved algorithms using rounding to odd", IEEE TC 2008).
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,27 @@ def canonical(x: Array) -> Array:
     return x
 
 
+@cache
+def _eight_bit_floats(name: str) -> Array:
+    """The 256 values of e4m3 (no infinity, one NaN of each sign) or e5m2."""
+    mantissa, bias = (3, 7) if name == "e4m3" else (2, 15)
+    code = np.arange(128)
+    exponent, fraction = code >> mantissa, code & ((1 << mantissa) - 1)
+    scale = np.exp2(np.maximum(exponent, 1) - bias - mantissa)
+    values = ((exponent > 0) * (1 << mantissa) + fraction) * scale
+    if name == "e4m3":
+        values[-1] = np.nan
+    else:
+        values[-4:] = [np.inf, np.nan, np.nan, np.nan]
+    return np.concatenate([values, -values]).astype(np.float32)
+
+
 def decode(bits: Any, scalar: ScalarType) -> Array:
-    """What a register of type f16, bf16, f32 or tf32 holds, as float32 values."""
+    """What a register of type f16, bf16, f32, tf32, e4m3 or e5m2 holds, as float32 values."""
     if scalar.name == "bf16":
         return bf16_to_f32(bits)
+    if scalar.size == 1:
+        return _eight_bit_floats(scalar.name)[np.asarray(bits).view(np.uint8)]
     if scalar.name == "tf32":
         # The tensor cores do not look at the low 13 bits.
         return (np.asarray(bits, np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)

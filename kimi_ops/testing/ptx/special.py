@@ -1,6 +1,6 @@
 """Special registers.
 
-Source: PTX ISA 8.7, chapter 10.
+Source: PTX ISA, "Special Registers".
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """What a PTX module is made of, after parsing.
 
-Source: PTX ISA 8.7, chapters 4 (syntax), 5 (state spaces) and 6 (operands).
+Source: PTX ISA, "Syntax", "State Spaces, Types, and Variables", "Instruction Operands".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 from kimi_ops.testing.ptx.types import TYPES, ScalarType
@@ -73,12 +74,12 @@ class Instruction:
     line: int
     loc: tuple[str, int]
 
-    @property
+    @cached_property
     def parts(self) -> tuple[str, ...]:
         """The opcode split at its dots."""
         return tuple(self.opcode.split("."))
 
-    @property
+    @cached_property
     def types(self) -> tuple[ScalarType, ...]:
         """The types among the modifiers, in order."""
         return tuple(TYPES[p] for p in self.parts[1:] if p in TYPES)
@@ -119,6 +120,7 @@ class Function:
         variables: declared inside.
         required_block: ``.reqntid``, or ().
         max_block: ``.maxntid``, or ().
+        max_registers, min_ctas: ``.maxnreg`` and ``.minnctapersm``, or 0.
     """
 
     name: str
@@ -132,6 +134,8 @@ class Function:
     variables: list[Variable] = field(default_factory=list)
     required_block: tuple[int, ...] = ()
     max_block: tuple[int, ...] = ()
+    max_registers: int = 0
+    min_ctas: int = 0
     defined: bool = False
 
 

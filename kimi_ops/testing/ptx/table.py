@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import re
+
 from kimi_ops.testing.ptx import families
 from kimi_ops.testing.ptx.registry import ENTRIES, Entry
+
+_SHAPE = re.compile(r"m64n(\d+)k(\d+)")
 
 
 def _row(entry: Entry, opcodes: list[str]) -> str:
     def listed(words: frozenset[str]) -> str:
-        return " ".join(f"`.{word}`" for word in sorted(words)) or "-"
+        # The many shapes of wgmma take one word, with the values of N.
+        widths: dict[str, list[int]] = {}
+        rest = []
+        for word in sorted(words):
+            shape = _SHAPE.fullmatch(word)
+            if shape:
+                widths.setdefault(shape[2], []).append(int(shape[1]))
+            else:
+                rest.append(f"`.{word}`")
+        for k, found in widths.items():
+            every = sorted(found) == [*range(8, 257, 8)]
+            which = "8 to 256 by 8" if every else ", ".join(str(n) for n in sorted(found))
+            rest.append(f"`.m64nNk{k}` (N {which})")
+        return " ".join(rest) or "-"
 
     names = " ".join(f"`{name}`" for name in opcodes)
     cells = (names, listed(entry.types), listed(entry.modifiers), entry.section, entry.summary)
@@ -28,7 +45,10 @@ def supported() -> str:
     text = []
     for family, rows in sections.items():
         text += [f"## {family.capitalize()}", ""]
-        text += ["| opcode | types | modifiers | PTX ISA 8.7 | meaning |", "|---|---|---|---|---|"]
+        text += [
+            "| opcode | types | modifiers | section of the PTX ISA | meaning |",
+            "|---|---|---|---|---|",
+        ]
         text += [*sorted(rows), ""]
     return "\n".join(text)
 

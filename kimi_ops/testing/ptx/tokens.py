@@ -1,6 +1,6 @@
 """Tokens of PTX text, and number literals.
 
-Source: PTX ISA 8.7, sections 4.2 (comments), 4.4 (identifiers), 4.5 (constants).
+Source: PTX ISA, "Comments", "Identifiers", "Constants".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TOKEN = re.compile(
 
 
 def literal(text: str) -> Immediate:
-    """A number token as its value (PTX ISA 8.7, section 4.5)."""
+    """A number token as its value (PTX ISA, "Constants")."""
     kind = text[:2].lower()
     if kind == "0f":
         bits = int(text[2:], 16)

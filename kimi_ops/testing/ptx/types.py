@@ -1,6 +1,7 @@
 """Scalar types of PTX and their place in numpy, and the two float formats that numpy lacks.
 
-Source: PTX ISA 8.7, section 5.2 (fundamental types, alternate formats, packed types).
+Source: PTX ISA, "Fundamental Types", "Alternate Floating-Point Data Formats",
+"Packed Data Types".
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class ScalarType:
         size: bytes; 0 for a predicate, which has no place in memory.
         kind: "u" unsigned, "s" signed, "b" untyped bits, "f" float, "p" predicate, "x" two packed
             floats.
-        dtype: how a register of this type is held; bf16, tf32 and the packed types as bits.
+        dtype: how a register of this type is held; bf16, tf32, 8-bit floats and the packed types
+            as bits.
     """
 
     name: str
@@ -50,6 +52,8 @@ TYPES: dict[str, ScalarType] = {
         _type("tf32", 4, "f", np.uint32),
         _type("f32", 4, "f", np.float32),
         _type("f64", 8, "f", np.float64),
+        _type("e4m3", 1, "f", np.uint8),
+        _type("e5m2", 1, "f", np.uint8),
         _type("f16x2", 4, "x", np.uint32),
         _type("bf16x2", 4, "x", np.uint32),
         _type("f32x2", 8, "x", np.uint64),

@@ -20,6 +20,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, KernelParam, TensorWrapper, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kimi_ops._dispatch import simulated
 from kimi_ops.testing.triton_interpreter import language
 from kimi_ops.testing.triton_interpreter.arithmetic import handle
 from kimi_ops.testing.triton_interpreter.builder import Builder, refuse_unreviewed
@@ -301,7 +302,8 @@ def interpreted(
     try:
         for tensor in _tensors(uninitialised):
             machine.space.buffer(tensor).declare_uninitialised(tensor)
-        yield report
+        with simulated("triton"):
+            yield report
     finally:
         _active.clear()
         patches.undo()

@@ -27,7 +27,7 @@ def bf16_to_f32(bits: Array) -> Array:
 def f32_to_bf16(x: Array) -> Array:
     """float32 to bf16 bit patterns, to nearest even; every NaN becomes the quiet 0x7FFF.
 
-    Source: PTX ISA 8.7, section 9.7.9.21 (cvt): ``.rn``, and the canonical NaN of bf16.
+    Source: PTX ISA, "cvt": ``.rn``, and the canonical NaN of bf16.
     """
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
@@ -60,7 +60,7 @@ def truncate_to_tf32(x: Array) -> Array:
 
     What a TF32 ``mma.sync`` or ``wgmma`` makes of a float32 operand: Triton 3.7.1 hands it over as
     it is, without a ``cvt.rna.tf32``, for sm_80, sm_90 and sm_120, and the tensor core reads 19
-    bits. Source: PTX ISA 8.7, section 9.7.14.5 (``.tf32`` operands are 32-bit registers).
+    bits. Source: PTX ISA, "mma" (``.tf32`` operands are 32-bit registers).
     """
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
     return np.where(np.isfinite(x), bits.view(np.float32).reshape(np.shape(x)), x)
@@ -88,7 +88,7 @@ def _fp8_values(dtype: Any) -> Array:
 def f32_to_fp8(x: Array, dtype: Any) -> Array:
     """float32 to fp8 bit patterns, to nearest even, saturating; NaN becomes 0x7F.
 
-    Source: PTX ISA 8.7, section 9.7.9.21, ``cvt.rn.satfinite.e4m3x2.f32`` and ``.e5m2x2``.
+    Source: PTX ISA, "cvt", ``cvt.rn.satfinite.e4m3x2.f32`` and ``.e5m2x2``.
     """
     positive = _fp8_values(dtype)[:0x80].astype(np.float64)
     positive = positive[np.isfinite(positive)]
@@ -152,7 +152,7 @@ def _require_known_fp8(dtype: Any) -> None:
 def float_to_int(values: Array, target: np.dtype[Any]) -> Array:
     """Towards zero, saturating at 32 (or 64) bits, NaN to 0; narrower targets keep low bits.
 
-    Source: PTX ISA 8.7, section 9.7.9.21, ``cvt.rzi``. LLVM calls values out of range undefined.
+    Source: PTX ISA, "cvt", ``cvt.rzi``. LLVM calls values out of range undefined.
     """
     wide = np.dtype(f"{target.kind}{max(4, target.itemsize)}")
     limits = np.iinfo(wide)

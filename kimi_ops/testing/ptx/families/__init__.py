@@ -33,7 +33,13 @@ FAMILIES = (
     "atomics",
     "warp",
     "matrix",
+    "wgmma",
     "async_copy",
+    "mbarrier",
+    "bulk_copy",
+    "tensor_copy",
+    "proxy",
+    "cluster",
     "sync",
     "control",
 )

@@ -1,7 +1,6 @@
 """Asynchronous copies of threads from global to shared memory.
 
-Source: PTX ISA 8.7, sections 9.7.9.25.3.1 (cp.async), 9.7.9.25.3.2 (commit_group), 9.7.9.25.3.3
-(wait_group, wait_all).
+Source: PTX ISA, "Data Movement and Conversion Instructions": cp.async and its groups.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from kimi_ops.testing.ptx.types import TYPES, Array
 @instruction(
     "cp.async",
     family="async copy",
-    section="9.7.9.25.3.1",
+    section="Data Movement and Conversion Instructions: cp.async",
     modifiers="ca cg shared shared::cta global L2::cache_hint L2::64B L2::128B L2::256B",
     results=0,
+    order="access",
 )
 def copy(b: Binder) -> Step:
     """Starts a copy of 4, 8 or 16 bytes; fewer from the source leave zeros."""
@@ -38,23 +38,29 @@ def copy(b: Binder) -> Step:
             ignore = b.predicate(3)
         else:
             bytes_read = b.src(3, TYPES["u32"])
-    memory, copies, lanes_all = b.machine.launch.memory, b.machine.copies, b.machine.lanes
+    memory, copies = b.machine.launch.memory, b.machine.copies
+
+    def given(value: Array, active: Active) -> Array:
+        return np.broadcast_to(value, b.shape)[..., active.lanes].reshape(-1)
 
     def step(active: Active) -> None:
-        lanes = active.lanes
+        lanes = b.lanes_of(active)
         target, start = to(active), source(active)
+        b.require_apart(lanes, target, shared=True)
+        b.require_one_buffer(start)
         data = np.zeros((len(lanes), size // 4), np.uint32)
         reads: Array = np.ones(len(lanes), bool)
         if ignore is not None:
-            reads = ~np.broadcast_to(ignore(), (lanes_all,))[lanes]
+            reads = ~given(ignore(), active)
         if bytes_read is not None:
-            amount = np.broadcast_to(bytes_read, (lanes_all,))[lanes]
+            amount = given(bytes_read, active)
             if ((amount != 0) & (amount != size)).any():
                 raise UnsupportedPtx(
                     f"unsupported: cp.async with a source size between 0 and {size}",
                     b.machine.where(b.ins, int(lanes[0])),
                 )
             reads = amount != 0
+        b.require_alike(reads)
         if reads.all():
             data = memory.read(b.site, lanes, start, 4, size // 4)
         elif reads.any():
@@ -65,20 +71,38 @@ def copy(b: Binder) -> Step:
     return step
 
 
-@instruction("cp.async.commit_group", family="async copy", section="9.7.9.25.3.2", results=0)
+@instruction(
+    "cp.async.commit_group",
+    family="async copy",
+    section="Data Movement and Conversion Instructions: cp.async.commit_group",
+    results=0,
+    order="ordered",
+)
 def commit(b: Binder) -> Step:
     """Closes the thread's group of copies."""
     return b.machine.copies.commit
 
 
-@instruction("cp.async.wait_group", family="async copy", section="9.7.9.25.3.3", results=0)
+@instruction(
+    "cp.async.wait_group",
+    family="async copy",
+    section="Data Movement and Conversion Instructions: cp.async.wait_group, cp.async.wait_all",
+    results=0,
+    order="ordered",
+)
 def wait_group(b: Binder) -> Step:
     """Waits until at most n groups of the thread are in flight."""
     pending = b.integer(0)
     return lambda active: b.machine.copies.wait(active, pending)
 
 
-@instruction("cp.async.wait_all", family="async copy", section="9.7.9.25.3.3", results=0)
+@instruction(
+    "cp.async.wait_all",
+    family="async copy",
+    section="Data Movement and Conversion Instructions: cp.async.wait_group, cp.async.wait_all",
+    results=0,
+    order="ordered",
+)
 def wait_all(b: Binder) -> Step:
     """Waits for all copies of the thread."""
 

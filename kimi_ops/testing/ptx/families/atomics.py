@@ -1,7 +1,7 @@
 """Atomics.
 
-Threads that meet at one address are served in the order of their lanes. Source: PTX ISA 8.7,
-sections 9.7.13.5 (atom), 9.7.13.6 (red).
+Threads that meet at one address are served in the order of their lanes. Source: PTX ISA,
+"Parallel Synchronization and Communication Instructions": atom, red.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kimi_ops.testing.ptx.types import BITS, TYPES, Array, ScalarType
 _OPERATIONS = "add min max inc dec exch cas and or xor"
 _TYPES = "b16 b32 b64 u32 u64 s32 s64 f16 bf16 f16x2 bf16x2 f32 f64"
 _MODIFIERS = (
-    f"{_OPERATIONS} global shared shared::cta relaxed acquire release acq_rel cta cluster gpu sys "
-    "noftz v2 v4 L2::cache_hint"
+    f"{_OPERATIONS} global shared shared::cta shared::cluster relaxed acquire release acq_rel cta "
+    "cluster gpu sys noftz v2 v4 L2::cache_hint"
 )
 _PARTS = {"f16x2": TYPES["f16"], "bf16x2": TYPES["bf16"]}
 
@@ -42,9 +42,8 @@ def _float_add(scalar: ScalarType) -> Callable[[Array, Array], Array]:
     return add
 
 
-def _combine(b: Binder, operation: str) -> Callable[[Array, Array], Array]:
+def combine(b: Binder, operation: str, scalar: ScalarType) -> Callable[[Array, Array], Array]:
     """(old, operand) -> new, all as unsigned numbers."""
-    scalar = b.type
     if scalar.kind in "fx":
         if operation == "add":
             return _float_add(scalar)
@@ -83,14 +82,25 @@ def _combine(b: Binder, operation: str) -> Callable[[Array, Array], Array]:
     }[operation]
 
 
-@instruction("atom", family="memory", section="9.7.13.5", types=_TYPES, modifiers=_MODIFIERS)
+@instruction(
+    "atom",
+    family="memory",
+    section="Parallel Synchronization and Communication Instructions: atom",
+    types=_TYPES,
+    modifiers=_MODIFIERS,
+)
 def atom(b: Binder) -> Step:
     """d = old value, memory = old op b."""
     return _atomic(b, has_result=True)
 
 
 @instruction(
-    "red", family="memory", section="9.7.13.6", types=_TYPES, modifiers=_MODIFIERS, results=0
+    "red",
+    family="memory",
+    section="Parallel Synchronization and Communication Instructions: red",
+    types=_TYPES,
+    modifiers=_MODIFIERS,
+    results=0,
 )
 def red(b: Binder) -> Step:
     """memory = old op b."""
@@ -111,10 +121,7 @@ def _atomic(b: Binder, *, has_result: bool) -> Step:
     unsigned = BITS[scalar.size]
     sources = [_bits(x, unsigned, b) for x in b.sources(first + 1, scalar)]
     swap = _bits(b.src(first + 2, scalar), unsigned, b) if operation == "cas" else None
-    combine = None if operation == "cas" else _combine(b, operation)
-    fenced = b.machine.launch.has_fences
-    b.site.acquires = bool(b.mods & {"acquire", "acq_rel"}) or fenced
-    b.site.releases = bool(b.mods & {"release", "acq_rel"}) or fenced
+    apply = None if operation == "cas" else combine(b, operation, scalar)
 
     def step(active: Active) -> None:
         lanes = active.lanes
@@ -123,8 +130,8 @@ def _atomic(b: Binder, *, has_result: bool) -> Step:
             value = source[lanes]
 
             def function(old: Array, which: Array, value: Array = value) -> Array:
-                if combine is not None:
-                    return combine(old, value[which])
+                if apply is not None:
+                    return apply(old, value[which])
                 assert swap is not None
                 return np.where(old == value[which], swap[lanes][which], old)
 

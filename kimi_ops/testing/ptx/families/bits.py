@@ -1,7 +1,7 @@
 """Shifts, bit fields, permutations.
 
-Source: PTX ISA 8.7, sections 9.7.1.14-9.7.1.22, 9.7.8.6-9.7.8.9 (lop3, shf, shl, shr), 9.7.9.7
-(prmt).
+Source: PTX ISA, "Integer Arithmetic Instructions", "Logic and Shift Instructions",
+"Data Movement and Conversion Instructions: prmt".
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ U32 = TYPES["u32"]
 B32 = TYPES["b32"]
 
 
-@instruction("shl", family="integer", section="9.7.8.8", types=BIT_TYPES)
+@instruction(
+    "shl",
+    family="integer",
+    section="Logic and Shift Instructions: shl",
+    types=BIT_TYPES,
+    order="pure",
+)
 def shl(b: Binder) -> Step:
     """a << b; 0 for b of the width or more."""
     d, x, n = b.dst(0, b.type), b.src(1, b.type), b.src(2, U32)
@@ -34,7 +40,13 @@ def shl(b: Binder) -> Step:
     return b.compute(shift, d)
 
 
-@instruction("shr", family="integer", section="9.7.8.9", types=f"{BIT_TYPES} {INTEGERS}")
+@instruction(
+    "shr",
+    family="integer",
+    section="Logic and Shift Instructions: shr",
+    types=f"{BIT_TYPES} {INTEGERS}",
+    order="pure",
+)
 def shr(b: Binder) -> Step:
     """a >> b, with sign for signed types; b stops at the width."""
     d, x, n = b.dst(0, b.type), b.src(1, b.type), b.src(2, U32)
@@ -49,7 +61,14 @@ def shr(b: Binder) -> Step:
     return b.compute(shift, d)
 
 
-@instruction("shf", family="integer", section="9.7.8.7", types="b32", modifiers="l r wrap clamp")
+@instruction(
+    "shf",
+    family="integer",
+    section="Logic and Shift Instructions: shf",
+    types="b32",
+    modifiers="l r wrap clamp",
+    order="pure",
+)
 def shf(b: Binder) -> Step:
     """Funnel shift of the 64 bits b:a; left gives the upper half, right the lower."""
     d = b.dst(0, B32)
@@ -66,7 +85,13 @@ def shf(b: Binder) -> Step:
     return b.compute(shift, d)
 
 
-@instruction("lop3", family="integer", section="9.7.8.6", types="b32")
+@instruction(
+    "lop3",
+    family="integer",
+    section="Logic and Shift Instructions: lop3",
+    types="b32",
+    order="pure",
+)
 def lop3(b: Binder) -> Step:
     """Any function of three bits, given as its truth table."""
     d = b.dst(0, B32)
@@ -76,7 +101,7 @@ def lop3(b: Binder) -> Step:
         raise b.unsupported(f"truth table {table}")
 
     def combine() -> Array:
-        result = np.zeros(b.machine.lanes, np.uint32)
+        result = np.zeros(b.shape, np.uint32)
         for row in range(8):
             if table >> row & 1:
                 result |= (x if row & 4 else ~x) & (y if row & 2 else ~y) & (z if row & 1 else ~z)
@@ -86,7 +111,12 @@ def lop3(b: Binder) -> Step:
 
 
 @instruction(
-    "prmt", family="integer", section="9.7.9.7", types="b32", modifiers="f4e b4e rc8 ecl ecr rc16"
+    "prmt",
+    family="integer",
+    section="Data Movement and Conversion Instructions: prmt",
+    types="b32",
+    modifiers="f4e b4e rc8 ecl ecr rc16",
+    order="pure",
 )
 def prmt(b: Binder) -> Step:
     """Four bytes picked from the eight of b:a; in the default mode with sign replication."""
@@ -104,7 +134,7 @@ def prmt(b: Binder) -> Step:
 
     def permute() -> Array:
         both = np.asarray(x).astype(np.uint64) | (np.asarray(y).astype(np.uint64) << np.uint64(32))
-        result = np.zeros(b.machine.lanes, np.uint64)
+        result = np.zeros(b.shape, np.uint64)
         for byte in range(4):
             if mode:
                 pick = np.array([row[byte] for row in picks[mode]])[np.asarray(c) & 3]
@@ -120,7 +150,13 @@ def prmt(b: Binder) -> Step:
     return b.compute(permute, d)
 
 
-@instruction("popc", family="integer", section="9.7.1.14", types="b32 b64")
+@instruction(
+    "popc",
+    family="integer",
+    section="Integer Arithmetic Instructions: popc",
+    types="b32 b64",
+    order="pure",
+)
 def popc(b: Binder) -> Step:
     """Number of bits set, u32."""
     d, x = b.dst(0, U32), b.src(1, b.type)
@@ -138,7 +174,13 @@ def bit_length(x: Any) -> Array:
     return (length + (value > 0)).astype(np.uint32)
 
 
-@instruction("clz", family="integer", section="9.7.1.15", types="b32 b64")
+@instruction(
+    "clz",
+    family="integer",
+    section="Integer Arithmetic Instructions: clz",
+    types="b32 b64",
+    order="pure",
+)
 def clz(b: Binder) -> Step:
     """Number of leading zeros, u32."""
     d, x = b.dst(0, U32), b.src(1, b.type)
@@ -146,7 +188,12 @@ def clz(b: Binder) -> Step:
 
 
 @instruction(
-    "bfind", family="integer", section="9.7.1.16", types="u32 u64 s32 s64", modifiers="shiftamt"
+    "bfind",
+    family="integer",
+    section="Integer Arithmetic Instructions: bfind",
+    types="u32 u64 s32 s64",
+    modifiers="shiftamt",
+    order="pure",
 )
 def bfind(b: Binder) -> Step:
     """Position of the highest bit that is no sign; 0xFFFFFFFF for none."""
@@ -166,7 +213,13 @@ def bfind(b: Binder) -> Step:
     return b.compute(find, d)
 
 
-@instruction("brev", family="integer", section="9.7.1.18", types="b32 b64")
+@instruction(
+    "brev",
+    family="integer",
+    section="Integer Arithmetic Instructions: brev",
+    types="b32 b64",
+    order="pure",
+)
 def brev(b: Binder) -> Step:
     """Bits in reverse order."""
     d, x = b.dst(0, b.type), b.src(1, b.type)
@@ -186,7 +239,13 @@ def brev(b: Binder) -> Step:
     return b.compute(reverse, d)
 
 
-@instruction("bfe", family="integer", section="9.7.1.19", types="u32 u64 s32 s64")
+@instruction(
+    "bfe",
+    family="integer",
+    section="Integer Arithmetic Instructions: bfe",
+    types="u32 u64 s32 s64",
+    order="pure",
+)
 def bfe(b: Binder) -> Step:
     """c bits of a from position b; signed types extend the sign, past the end too."""
     d, x = b.dst(0, b.type), b.src(1, b.type)
@@ -216,7 +275,13 @@ def bfe(b: Binder) -> Step:
     return b.compute(extract, d)
 
 
-@instruction("bfi", family="integer", section="9.7.1.20", types="b32 b64")
+@instruction(
+    "bfi",
+    family="integer",
+    section="Integer Arithmetic Instructions: bfi",
+    types="b32 b64",
+    order="pure",
+)
 def bfi(b: Binder) -> Step:
     """b with d bits from position c replaced by the low bits of a."""
     d, x, y = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type)
@@ -238,7 +303,14 @@ def bfi(b: Binder) -> Step:
     return b.compute(insert, d)
 
 
-@instruction("bmsk", family="integer", section="9.7.1.22", types="b32", modifiers="clamp wrap")
+@instruction(
+    "bmsk",
+    family="integer",
+    section="Integer Arithmetic Instructions: bmsk",
+    types="b32",
+    modifiers="clamp wrap",
+    order="pure",
+)
 def bmsk(b: Binder) -> Step:
     """b ones from position a."""
     d, start, count = b.dst(0, B32), b.src(1, U32), b.src(2, U32)

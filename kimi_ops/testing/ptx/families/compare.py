@@ -1,7 +1,7 @@
 """Comparison and selection.
 
-Source: PTX ISA 8.7, sections 9.7.6 (comparison and selection), 9.7.7 (half precision comparison),
-9.3.1 (operators).
+Source: PTX ISA, "Comparison and Selection Instructions",
+"Half Precision Comparison Instructions", "Comparisons".
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def _compared(b: Binder, scalar: Any, first: int, second: int) -> Callable[[], A
 @instruction(
     "setp",
     family="integer",
-    section="9.7.6.2",
+    section="Comparison and Selection Instructions: setp",
     types=f"{BIT_TYPES} {INTEGERS} f32 f64 f16 bf16",
     modifiers=f"{_OPERATORS} and or xor ftz",
+    order="pure",
 )
 def setp(b: Binder) -> Step:
     """p = (a op b) combined with c; q the same of the negated comparison."""
@@ -94,9 +95,10 @@ def setp(b: Binder) -> Step:
 @instruction(
     "set",
     family="integer",
-    section="9.7.6.1",
+    section="Comparison and Selection Instructions: set",
     types=f"{BIT_TYPES} {INTEGERS} f32 f64 f16 bf16",
     modifiers=f"{_OPERATORS} and or xor ftz",
+    order="pure",
 )
 def set_value(b: Binder) -> Step:
     """All ones (1.0 for a float result) where a op b, combined with c; else 0."""
@@ -120,7 +122,13 @@ def set_value(b: Binder) -> Step:
     return b.compute(values, d)
 
 
-@instruction("selp", family="integer", section="9.7.6.3", types=f"{BIT_TYPES} {INTEGERS} f32 f64")
+@instruction(
+    "selp",
+    family="integer",
+    section="Comparison and Selection Instructions: selp",
+    types=f"{BIT_TYPES} {INTEGERS} f32 f64",
+    order="pure",
+)
 def selp(b: Binder) -> Step:
     """a where c, else b."""
     d, x, y, p = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type), b.predicate(3)
@@ -144,7 +152,13 @@ def selp(b: Binder) -> Step:
     return step
 
 
-@instruction("slct", family="integer", section="9.7.6.4", types=f"{BIT_TYPES} {INTEGERS} f32 f64")
+@instruction(
+    "slct",
+    family="integer",
+    section="Comparison and Selection Instructions: slct",
+    types=f"{BIT_TYPES} {INTEGERS} f32 f64",
+    order="pure",
+)
 def slct(b: Binder) -> Step:
     """a where c >= 0, else b."""
     d, x, y, c = (

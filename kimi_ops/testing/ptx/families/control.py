@@ -1,7 +1,6 @@
 """Where threads go on.
 
-Source: PTX ISA 8.7, sections 9.7.12.3 (bra), 9.7.12.4 (brx.idx), 9.7.12.6 (ret), 9.7.12.7 (exit),
-9.7.19.4 (trap).
+Source: PTX ISA, "Control Flow Instructions", "Miscellaneous Instructions".
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from kimi_ops.testing.ptx.types import TYPES, Array
 Groups = list[tuple[int, Array | None]]
 
 
-def _taken(b: Binder, active: Active) -> Array | None:
+def taken_lanes(b: Binder, active: Active) -> Array | None:
     """Active lanes whose guard holds; None for all of them."""
     guard = b.ins.guard
     if guard is None:
@@ -28,14 +27,21 @@ def _taken(b: Binder, active: Active) -> Array | None:
     return taken
 
 
-@instruction("bra", family="control", section="9.7.12.3", modifiers="uni", results=0, control=True)
+@instruction(
+    "bra",
+    family="control",
+    section="Control Flow Instructions: bra",
+    modifiers="uni",
+    results=0,
+    control=True,
+)
 def bra(b: Binder) -> Step:
     """Goes on at a label."""
     (target,) = b.machine.launch.flow.targets[b.site.index]
     after = b.site.index + 1
 
     def step(active: Active) -> Groups:
-        taken = _taken(b, active)
+        taken = taken_lanes(b, active)
         if taken is None:
             return [(target, None)]
         count = int(np.count_nonzero(taken))
@@ -49,7 +55,12 @@ def bra(b: Binder) -> Step:
 
 
 @instruction(
-    "brx.idx", family="control", section="9.7.12.4", modifiers="uni", results=0, control=True
+    "brx.idx",
+    family="control",
+    section="Control Flow Instructions: brx.idx",
+    modifiers="uni",
+    results=0,
+    control=True,
 )
 def brx(b: Binder) -> Step:
     """Goes on at the label that an index picks."""
@@ -74,14 +85,19 @@ def brx(b: Binder) -> Step:
 
 
 @instruction(
-    "ret exit", family="control", section="9.7.12.6", modifiers="uni", results=0, control=True
+    "ret exit",
+    family="control",
+    section="Control Flow Instructions: ret, exit",
+    modifiers="uni",
+    results=0,
+    control=True,
 )
 def leave(b: Binder) -> Step:
     """Ends the thread."""
     after = b.site.index + 1
 
     def step(active: Active) -> Groups:
-        taken = _taken(b, active)
+        taken = taken_lanes(b, active)
         gone = active.mask if taken is None else taken
         b.machine.leave(gone)
         if taken is None:
@@ -92,7 +108,9 @@ def leave(b: Binder) -> Step:
     return step
 
 
-@instruction("trap brkpt", family="control", section="9.7.19.4", results=0)
+@instruction(
+    "trap brkpt", family="control", section="Miscellaneous Instructions: trap, brkpt", results=0
+)
 def trap(b: Binder) -> Step:
     """Aborts the kernel: reported."""
 
@@ -102,7 +120,13 @@ def trap(b: Binder) -> Step:
     return step
 
 
-@instruction("nanosleep", family="control", section="9.7.19.2", types="u32", results=0)
+@instruction(
+    "nanosleep",
+    family="control",
+    section="Miscellaneous Instructions: nanosleep",
+    types="u32",
+    results=0,
+)
 def nanosleep(b: Binder) -> Step:
     """Waits; no effect here."""
     return lambda active: None
@@ -111,7 +135,7 @@ def nanosleep(b: Binder) -> Step:
 @instruction(
     "griddepcontrol",
     family="control",
-    section="9.7.13.13",
+    section="Parallel Synchronization and Communication Instructions: griddepcontrol",
     modifiers="wait launch_dependents",
     results=0,
 )

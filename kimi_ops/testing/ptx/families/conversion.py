@@ -1,7 +1,8 @@
 """Conversions between types.
 
-Float to integer clamps to the range of the integer, NaN becomes 0. Source: PTX ISA 8.7, sections
-9.7.9.21 (cvt), 9.4 (type conversion), 9.4.1 (operand size).
+Float to integer clamps to the range of the integer, NaN becomes 0. Source: PTX ISA,
+"Data Movement and Conversion Instructions: cvt", "Type Information for Instructions and
+Operands".
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ def _mode(b: Binder, default: str = "rn") -> str:
     return next((m for m in (*rounding.MODES, "rna") if m in b.mods), default)
 
 
-@instruction("cvt", family="conversion", section="9.7.9.21", types=_INTEGERS, modifiers="sat")
+@instruction(
+    "cvt",
+    family="conversion",
+    section="Data Movement and Conversion Instructions: cvt",
+    types=_INTEGERS,
+    modifiers="sat",
+    order="pure",
+)
 def integer_to_integer(b: Binder) -> Step:
     """Integer to integer: extends, cuts, or with ``.sat`` clamps."""
     to, source = b.types
@@ -63,9 +71,10 @@ def _directed(value: Array, near: Array, mode: str) -> Array:
 @instruction(
     "cvt",
     family="conversion",
-    section="9.7.9.21",
+    section="Data Movement and Conversion Instructions: cvt",
     types=f"{_INTEGERS} f16 bf16 f32 f64",
     modifiers="rn rz rm rp rni rzi rmi rpi ftz sat relu",
+    order="pure",
 )
 def cvt(b: Binder) -> Step:
     """Between integers and floats, and between floats."""
@@ -155,9 +164,10 @@ def _float_to_float(b: Binder, to: ScalarType, source: ScalarType) -> Step:
 @instruction(
     "cvt",
     family="conversion",
-    section="9.7.9.21",
+    section="Data Movement and Conversion Instructions: cvt",
     types="f16x2 bf16x2 f32",
     modifiers="rn rz relu",
+    order="pure",
 )
 def pack(b: Binder) -> Step:
     """Two f32 to a packed pair: a to the upper half, b to the lower."""
@@ -165,23 +175,28 @@ def pack(b: Binder) -> Step:
         raise b.unsupported("these types")
     part = TYPES["f16" if b.types[0].name == "f16x2" else "bf16"]
     d, high, low = b.dst(0, b.types[0]), b.src(1, b.types[1]), b.src(2, b.types[1])
-    mode, lanes = _mode(b), b.machine.lanes
+    mode = _mode(b)
 
     def convert() -> Array:
-        halves = np.empty((lanes, 2), np.uint16)
+        halves = np.empty((*b.shape, 2), np.uint16)
         for column, source in enumerate((low, high)):
             value = np.asarray(source)
             if "relu" in b.mods:
                 value = np.where(np.isnan(value), value, np.maximum(value, 0))
             coded = rounding.encode_f32(value, part, mode)
-            halves[:, column] = coded.view(np.uint16)
-        return halves.view(np.uint32).reshape(-1)
+            halves[..., column] = coded.view(np.uint16)
+        return halves.view(np.uint32)[..., 0]
 
     return b.compute(convert, d)
 
 
 @instruction(
-    "cvt", family="conversion", section="9.7.9.21", types="tf32 f32", modifiers="rn rna rz relu"
+    "cvt",
+    family="conversion",
+    section="Data Movement and Conversion Instructions: cvt",
+    types="tf32 f32",
+    modifiers="rn rna rz relu",
+    order="pure",
 )
 def to_tf32(b: Binder) -> Step:
     """f32 to tf32: ten bits of mantissa; ``.rna`` ties away from zero."""

@@ -1,7 +1,6 @@
 """Moves, loads, stores and addresses.
 
-Source: PTX ISA 8.7, sections 9.7.9.2 (mov), 9.7.9.8 (ld), 9.7.9.9 (ld.global.nc), 9.7.9.11 (st),
-9.7.9.20 (cvta), 9.7.9.19 (isspacep), 9.7.9.15 (prefetch).
+Source: PTX ISA, "Data Movement and Conversion Instructions".
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from kimi_ops.testing.ptx.syntax import Address, Name, Vector
 from kimi_ops.testing.ptx.types import BITS, TYPES, Array, ScalarType
 
 U64 = TYPES["u64"]
-_SPACES = "global shared shared::cta local const param param::entry param::func"
+_SPACES = "global shared shared::cta shared::cluster local const param param::entry param::func"
 _CACHE = (
     "ca cg cs lu cv wb wt nc L1::evict_first L1::evict_last L1::evict_normal L1::no_allocate "
     "L1::evict_unchanged L2::evict_first L2::evict_last L2::evict_normal L2::64B L2::128B L2::256B "
@@ -27,15 +26,21 @@ _CACHE = (
 _ORDER = "weak relaxed acquire release volatile cta cluster gpu sys"
 
 
-@instruction("mov", family="move", section="9.7.9.2", types=f"{BIT_TYPES} {INTEGERS} f32 f64 pred")
+@instruction(
+    "mov",
+    family="move",
+    section="Data Movement and Conversion Instructions: mov",
+    types=f"{BIT_TYPES} {INTEGERS} f32 f64 pred",
+    order="pure",
+)
 def mov(b: Binder) -> Step:
     """d = a, also of addresses, special registers, and to and from vectors."""
     scalar = b.type
     target, source = b.ins.operands
     if isinstance(target, Vector):
-        return _unpack(b, target, scalar)
+        return _unpack(b, scalar)
     if isinstance(source, Vector):
-        return _pack(b, source, scalar)
+        return _pack(b, scalar)
     if scalar.kind == "p":
         p = b.predicate(1)
         return b.compute(lambda: np.asarray(p()), b.dst(0, scalar))
@@ -50,27 +55,26 @@ def mov(b: Binder) -> Step:
     return step
 
 
-def _unpack(b: Binder, target: Vector, scalar: ScalarType) -> Step:
-    part = TYPES[f"b{8 * scalar.size // len(target.items)}"]
+def _unpack(b: Binder, scalar: ScalarType) -> Step:
+    items = b.items(0)
+    part = TYPES[f"b{8 * scalar.size // len(items)}"]
     x = b.src(1, scalar)
-    results = [None if item == Name("_") else b.dst(item, part) for item in target.items]
+    results = [b.dst(item, part) for item in items]
 
     def step(active: Active) -> None:
         source = np.array(x)
         for i, d in enumerate(results):
-            if d is not None:
-                shifted = source.view(BITS[scalar.size]) >> BITS[scalar.size].type(
-                    8 * part.size * i
-                )
-                put(d, shifted.astype(part.dtype), active)
+            shifted = source.view(BITS[scalar.size]) >> BITS[scalar.size].type(8 * part.size * i)
+            put(d, shifted.astype(part.dtype), active)
 
     return step
 
 
-def _pack(b: Binder, source: Vector, scalar: ScalarType) -> Step:
-    part = TYPES[f"b{8 * scalar.size // len(source.items)}"]
+def _pack(b: Binder, scalar: ScalarType) -> Step:
+    items = b.items(1)
+    part = TYPES[f"b{8 * scalar.size // len(items)}"]
     d = b.dst(0, scalar)
-    parts = [b.src(item, part) for item in source.items]
+    parts = [b.src(item, part) for item in items]
     wide = BITS[scalar.size]
 
     def joined() -> Array:
@@ -156,16 +160,13 @@ class Spaces:
                 memory.write(self.site, lanes[where], at, data[where], plain=self.plain)
 
 
-def _ordering(b: Binder) -> tuple[bool, bool]:
-    return "acquire" in b.mods or "volatile" in b.mods, "release" in b.mods or "volatile" in b.mods
-
-
 @instruction(
     "ld ldu",
     family="memory",
-    section="9.7.9.8",
+    section="Data Movement and Conversion Instructions: ld, ldu",
     types=MEMORY_TYPES,
     modifiers=f"{_SPACES} {_CACHE} {_ORDER} v2 v4 v8",
+    order="access",
 )
 def ld(b: Binder) -> Step:
     """Loads one value or a vector."""
@@ -179,19 +180,16 @@ def ld(b: Binder) -> Step:
     results = b.results(0, scalar, wide=True)
     addresses, spaces = b.address(1), Spaces(b)
     unit, count = scalar.size, len(results)
-    clocks = b.machine.launch.memory.clocks
-    acquire, _ = _ordering(b)
 
     def step(active: Active) -> None:
-        lanes = active.lanes
+        lanes = b.lanes_of(active)
         where = addresses(active)
+        if spaces.space == "global":
+            b.require_one_buffer(where)
         values = spaces.read(lanes, where, unit, count)
-        if acquire:
-            for cta, at in zip(b.machine.cta_number[lanes].tolist(), where.tolist(), strict=True):
-                clocks.synchronise(cta, at, acquire=True, release=False)
         for i, d in enumerate(results):
             column = np.ascontiguousarray(values[:, i]).view(scalar.dtype)
-            put_lanes(d, column, active)
+            put_lanes(d, column.reshape(*b.shape[:-1], -1), active)
 
     return step
 
@@ -213,30 +211,30 @@ def _entry_parameter(b: Binder, data: bytes, offset: int) -> Step:
 @instruction(
     "st",
     family="memory",
-    section="9.7.9.11",
+    section="Data Movement and Conversion Instructions: st",
     types=MEMORY_TYPES,
     modifiers=f"{_SPACES} {_CACHE} {_ORDER} v2 v4 v8",
     results=0,
+    order="access",
 )
 def st(b: Binder) -> Step:
     """Stores one value or a vector."""
     sources = b.sources(1, b.type, wide=True)
     addresses, spaces = b.address(0), Spaces(b)
     unsigned = BITS[b.type.size]
-    clocks = b.machine.launch.memory.clocks
-    _, release = _ordering(b)
+    sources = [np.broadcast_to(np.asarray(x).view(unsigned), b.shape) for x in sources]
 
     def step(active: Active) -> None:
-        lanes = active.lanes
+        lanes = b.lanes_of(active)
         where = addresses(active)
-        data = np.empty((len(lanes), len(sources)), unsigned)
+        b.require_apart(lanes, where, shared=spaces.space == "shared")
+        if spaces.space == "global":
+            b.require_one_buffer(where)
+        data = np.empty((*b.shape[:-1], active.count, len(sources)), unsigned)
         for i, x in enumerate(sources):
-            bits = np.asarray(x).view(unsigned) if np.ndim(x) == 0 else x.view(unsigned)
-            data[:, i] = bits if np.ndim(bits) == 0 else bits[lanes]
+            data[..., i] = x if active.count == x.shape[-1] else x[..., active.lanes]
+        data = data.reshape(-1, len(sources))
         spaces.write(lanes, where, data)
-        if release:
-            for cta, at in zip(b.machine.cta_number[lanes].tolist(), where.tolist(), strict=True):
-                clocks.synchronise(cta, at, acquire=False, release=True)
 
     return step
 
@@ -244,16 +242,15 @@ def st(b: Binder) -> Step:
 @instruction(
     "cvta",
     family="move",
-    section="9.7.9.20",
+    section="Data Movement and Conversion Instructions: cvta",
     types="u32 u64",
-    modifiers="to global shared shared::cta local const param",
+    modifiers="to global shared shared::cta shared::cluster local const param",
+    order="pure",
 )
 def cvta(b: Binder) -> Step:
     """Address of a space to generic, or back with ``.to``."""
     d, x = b.dst(0, b.type), b.src(1, b.type)
     spaces = {m.split("::")[0] for m in b.mods} - {"to"}
-    if "param" in spaces:
-        raise b.unsupported("generic addresses of parameters")
     window = SHARED_WINDOW if "shared" in spaces else LOCAL_WINDOW if "local" in spaces else 0
     if "to" in b.mods:
         return b.compute(lambda: x - b.type.dtype.type(window), d)
@@ -263,8 +260,9 @@ def cvta(b: Binder) -> Step:
 @instruction(
     "isspacep",
     family="move",
-    section="9.7.9.19",
-    modifiers="global shared shared::cta local const",
+    section="Data Movement and Conversion Instructions: isspacep",
+    modifiers="global shared shared::cta shared::cluster local const",
+    order="pure",
 )
 def isspacep(b: Binder) -> Step:
     """Whether a generic address is in a space."""
@@ -281,7 +279,7 @@ def isspacep(b: Binder) -> Step:
 @instruction(
     "prefetch prefetchu applypriority createpolicy",
     family="memory",
-    section="9.7.9.15",
+    section="Data Movement and Conversion Instructions: prefetch, prefetchu",
     types="b64",
     modifiers=f"global local L1 L2 fractional {_CACHE}",
     results=0,

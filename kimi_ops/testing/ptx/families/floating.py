@@ -1,8 +1,9 @@
 """Floating-point arithmetic: f32, f64, f16, bf16, and their packed pairs.
 
 Operations that PTX calls approximate give the correctly rounded result here; hardware may be off by
-the error that the ISA states for them. Source: PTX ISA 8.7, sections 9.7.3 (floating point), 9.7.4
-(half precision), 9.7.5 (mixed precision).
+the error that the ISA states for them. Source: PTX ISA,
+"Floating Point Instructions", "Half Precision Floating Point Instructions", "Mixed Precision
+Floating Point Instructions".
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ def _clamped(x: Array) -> Array:
 
 
 def _split(b: Binder, operand: int, scalar: ScalarType) -> tuple[Any, ScalarType]:
-    """A source, packed pairs as [lanes or 1, 2]; and the type of its elements."""
+    """A source, packed pairs as [..., lanes or 1, 2]; and the type of its elements."""
     source = b.src(operand, scalar)
     part = _PARTS.get(scalar.name)
     if part is None:
         return source, scalar
-    return np.atleast_1d(source).view(part.dtype).reshape(-1, 2), part
+    held = np.atleast_1d(source)
+    return held.view(part.dtype).reshape(*held.shape, 2), part
 
 
 def _joined(values: Array, scalar: ScalarType) -> Array:
     """The inverse of `_split` for a result."""
     if scalar.name not in _PARTS:
         return values
-    return np.ascontiguousarray(values).view(scalar.dtype).reshape(-1)
+    return np.ascontiguousarray(values).view(scalar.dtype)[..., 0]
 
 
 def elementwise(b: Binder, count: int, function: Callable[..., Any]) -> Step:
@@ -56,7 +58,7 @@ def elementwise(b: Binder, count: int, function: Callable[..., Any]) -> Step:
     """
     scalar, kinds = b.types[0], [b.type] * count
     if len(b.types) == 2:
-        # Mixed precision (9.7.5): the addend has the type of the result.
+        # Mixed precision: the addend has the type of the result.
         if scalar.name != "f32" or b.type.name not in ("f16", "bf16"):
             raise b.unsupported(f"{b.type.name} operands of {scalar.name}")
         kinds[-1] = scalar
@@ -114,9 +116,10 @@ _ARITHMETIC = "rn rz rm rp ftz sat"
 @instruction(
     "add",
     family="float",
-    section="9.7.3.3",
+    section="Floating Point Instructions: add",
     types=f"f32 f64 f32x2 {HALVES}",
     modifiers=_ARITHMETIC,
+    order="pure",
 )
 def add(b: Binder) -> Step:
     """a + b."""
@@ -126,9 +129,10 @@ def add(b: Binder) -> Step:
 @instruction(
     "sub",
     family="float",
-    section="9.7.3.4",
+    section="Floating Point Instructions: sub",
     types=f"f32 f64 f32x2 {HALVES}",
     modifiers=_ARITHMETIC,
+    order="pure",
 )
 def sub(b: Binder) -> Step:
     """a - b."""
@@ -138,9 +142,10 @@ def sub(b: Binder) -> Step:
 @instruction(
     "mul",
     family="float",
-    section="9.7.3.5",
+    section="Floating Point Instructions: mul",
     types=f"f32 f64 f32x2 {HALVES}",
     modifiers=_ARITHMETIC,
+    order="pure",
 )
 def mul(b: Binder) -> Step:
     """a * b."""
@@ -150,9 +155,10 @@ def mul(b: Binder) -> Step:
 @instruction(
     "fma mad",
     family="float",
-    section="9.7.3.6",
+    section="Floating Point Instructions: fma, mad",
     types=f"f32 f64 f32x2 {HALVES}",
     modifiers=f"{_ARITHMETIC} relu",
+    order="pure",
 )
 def fma(b: Binder) -> Step:
     """a * b + c, rounded once."""
@@ -181,9 +187,10 @@ def _odd_ratio(x: Array, y: Array) -> Array:
 @instruction(
     "div",
     family="float",
-    section="9.7.3.8",
+    section="Floating Point Instructions: div",
     types="f32 f64",
     modifiers="approx full rn rz rm rp ftz",
+    order="pure",
 )
 def div(b: Binder) -> Step:
     """a / b; ``.approx`` and ``.full`` correctly rounded."""
@@ -194,14 +201,26 @@ def div(b: Binder) -> Step:
     return elementwise(b, 2, _odd_ratio)
 
 
-@instruction("abs", family="float", section="9.7.3.9", types=f"f32 f64 {HALVES}", modifiers="ftz")
+@instruction(
+    "abs",
+    family="float",
+    section="Floating Point Instructions: abs",
+    types=f"f32 f64 {HALVES}",
+    modifiers="ftz",
+    order="pure",
+)
 def absolute(b: Binder) -> Step:
     """|a|."""
     return _signs(b, lambda x, sign: x & ~sign)
 
 
 @instruction(
-    "neg", family="float", section="9.7.3.10", types=f"f32 f64 f32x2 {HALVES}", modifiers="ftz"
+    "neg",
+    family="float",
+    section="Floating Point Instructions: neg",
+    types=f"f32 f64 f32x2 {HALVES}",
+    modifiers="ftz",
+    order="pure",
 )
 def neg(b: Binder) -> Step:
     """-a."""
@@ -257,7 +276,12 @@ _EXTREMES = "ftz NaN xorsign abs"
 
 
 @instruction(
-    "min", family="float", section="9.7.3.11", types=f"f32 f64 {HALVES}", modifiers=_EXTREMES
+    "min",
+    family="float",
+    section="Floating Point Instructions: min",
+    types=f"f32 f64 {HALVES}",
+    modifiers=_EXTREMES,
+    order="pure",
 )
 def minimum(b: Binder) -> Step:
     """Smallest of two or three; a NaN loses, or wins with ``.NaN``."""
@@ -265,7 +289,12 @@ def minimum(b: Binder) -> Step:
 
 
 @instruction(
-    "max", family="float", section="9.7.3.12", types=f"f32 f64 {HALVES}", modifiers=_EXTREMES
+    "max",
+    family="float",
+    section="Floating Point Instructions: max",
+    types=f"f32 f64 {HALVES}",
+    modifiers=_EXTREMES,
+    order="pure",
 )
 def maximum(b: Binder) -> Step:
     """Largest of two or three; a NaN loses, or wins with ``.NaN``."""
@@ -273,14 +302,14 @@ def maximum(b: Binder) -> Step:
 
 
 _FUNCTIONS: dict[str, tuple[str, Callable[[Array], Array]]] = {
-    "rcp": ("9.7.3.13", lambda x: _odd_ratio(np.ones_like(x), x)),
-    "sqrt": ("9.7.3.15", np.sqrt),
-    "rsqrt": ("9.7.3.16", lambda x: 1.0 / np.sqrt(x)),
-    "sin": ("9.7.3.18", np.sin),
-    "cos": ("9.7.3.19", np.cos),
-    "lg2": ("9.7.3.20", np.log2),
-    "ex2": ("9.7.3.21", np.exp2),
-    "tanh": ("9.7.3.22", np.tanh),
+    "rcp": ("Floating Point Instructions: rcp", lambda x: _odd_ratio(np.ones_like(x), x)),
+    "sqrt": ("Floating Point Instructions: sqrt", np.sqrt),
+    "rsqrt": ("Floating Point Instructions: rsqrt", lambda x: 1.0 / np.sqrt(x)),
+    "sin": ("Floating Point Instructions: sin", np.sin),
+    "cos": ("Floating Point Instructions: cos", np.cos),
+    "lg2": ("Floating Point Instructions: lg2", np.log2),
+    "ex2": ("Floating Point Instructions: ex2", np.exp2),
+    "tanh": ("Floating Point Instructions: tanh", np.tanh),
 }
 
 
@@ -290,7 +319,12 @@ def _function(name: str, section: str, function: Callable[[Array], Array]) -> No
         types += f" {HALVES}"
 
     @instruction(
-        name, family="float", section=section, types=types, modifiers="approx rn rz rm rp ftz"
+        name,
+        family="float",
+        section=section,
+        types=types,
+        modifiers="approx rn rz rm rp ftz",
+        order="pure",
     )
     def build(b: Binder) -> Step:
         """The function of its name; ``.approx`` correctly rounded from float64."""
@@ -303,7 +337,13 @@ for _name, (_section, _numpy) in _FUNCTIONS.items():
     _function(_name, _section, _numpy)
 
 
-@instruction("copysign", family="float", section="9.7.3.2", types="f32 f64")
+@instruction(
+    "copysign",
+    family="float",
+    section="Floating Point Instructions: copysign",
+    types="f32 f64",
+    order="pure",
+)
 def copysign(b: Binder) -> Step:
     """Magnitude of b, sign of a."""
     d, sign, value = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type)
@@ -313,9 +353,10 @@ def copysign(b: Binder) -> Step:
 @instruction(
     "testp",
     family="float",
-    section="9.7.3.1",
+    section="Floating Point Instructions: testp",
     types="f32 f64",
     modifiers="finite infinite number notanumber normal subnormal",
+    order="pure",
 )
 def testp(b: Binder) -> Step:
     """Whether a is of the named kind."""

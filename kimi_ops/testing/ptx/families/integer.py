@@ -1,7 +1,8 @@
 """Integer arithmetic of one width.
 
-Results wrap; ``.sat`` clamps. Source: PTX ISA 8.7, sections 9.7.1 (integer), 9.7.2 (extended
-precision), 9.7.8.1-9.7.8.4 (logic).
+Results wrap; ``.sat`` clamps. Source: PTX ISA,
+"Integer Arithmetic Instructions", "Extended-Precision Integer Arithmetic Instructions",
+"Logic and Shift Instructions".
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ def _saturated(sign: int) -> Any:
     return add
 
 
-@instruction("add", family="integer", section="9.7.1.1", types=INTEGERS, modifiers="sat")
+@instruction(
+    "add",
+    family="integer",
+    section="Integer Arithmetic Instructions: add",
+    types=INTEGERS,
+    modifiers="sat",
+    order="pure",
+)
 def add(b: Binder) -> Step:
     """a + b; ``.sat`` for s32."""
     d, x, y = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type)
@@ -35,7 +43,14 @@ def add(b: Binder) -> Step:
     return b.ufunc(np.add, d, x, y)
 
 
-@instruction("sub", family="integer", section="9.7.1.2", types=INTEGERS, modifiers="sat")
+@instruction(
+    "sub",
+    family="integer",
+    section="Integer Arithmetic Instructions: sub",
+    types=INTEGERS,
+    modifiers="sat",
+    order="pure",
+)
 def sub(b: Binder) -> Step:
     """a - b; ``.sat`` for s32."""
     d, x, y = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type)
@@ -46,20 +61,38 @@ def sub(b: Binder) -> Step:
     return b.ufunc(np.subtract, d, x, y)
 
 
-@instruction("mul.lo", family="integer", section="9.7.1.3", types=INTEGERS)
+@instruction(
+    "mul.lo",
+    family="integer",
+    section="Integer Arithmetic Instructions: mul",
+    types=INTEGERS,
+    order="pure",
+)
 def mul_lo(b: Binder) -> Step:
     """Low half of a * b."""
     return b.ufunc(np.multiply, b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type))
 
 
-@instruction("mad.lo", family="integer", section="9.7.1.4", types=INTEGERS)
+@instruction(
+    "mad.lo",
+    family="integer",
+    section="Integer Arithmetic Instructions: mad",
+    types=INTEGERS,
+    order="pure",
+)
 def mad_lo(b: Binder) -> Step:
     """Low half of a * b, plus c."""
     d, x, y, z = (b.dst(0, b.type), *(b.src(i, b.type) for i in (1, 2, 3)))
     return b.compute(lambda: x * y + z, d)
 
 
-@instruction("sad", family="integer", section="9.7.1.7", types=INTEGERS)
+@instruction(
+    "sad",
+    family="integer",
+    section="Integer Arithmetic Instructions: sad",
+    types=INTEGERS,
+    order="pure",
+)
 def sad(b: Binder) -> Step:
     """|a - b| + c."""
     d, x, y, z = (b.dst(0, b.type), *(b.src(i, b.type) for i in (1, 2, 3)))
@@ -75,7 +108,9 @@ def quotient(x: Any, y: Any) -> Array:
     return np.asarray(q + ((q * y != x) & ((x < 0) != (y < 0))))
 
 
-@instruction("div rem", family="integer", section="9.7.1.8", types=INTEGERS)
+@instruction(
+    "div rem", family="integer", section="Integer Arithmetic Instructions: div, rem", types=INTEGERS
+)
 def div(b: Binder) -> Step:
     """a / b or its remainder, towards zero; a divisor of 0 is an error."""
     d, x, y = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type)
@@ -93,19 +128,38 @@ def div(b: Binder) -> Step:
     return step
 
 
-@instruction("abs", family="integer", section="9.7.1.10", types="s16 s32 s64")
+@instruction(
+    "abs",
+    family="integer",
+    section="Integer Arithmetic Instructions: abs",
+    types="s16 s32 s64",
+    order="pure",
+)
 def absolute(b: Binder) -> Step:
     """|a|; the most negative number stays."""
     return b.ufunc(np.absolute, b.dst(0, b.type), b.src(1, b.type))
 
 
-@instruction("neg", family="integer", section="9.7.1.11", types="s16 s32 s64")
+@instruction(
+    "neg",
+    family="integer",
+    section="Integer Arithmetic Instructions: neg",
+    types="s16 s32 s64",
+    order="pure",
+)
 def neg(b: Binder) -> Step:
     """-a."""
     return b.ufunc(np.negative, b.dst(0, b.type), b.src(1, b.type))
 
 
-@instruction("min", family="integer", section="9.7.1.12", types=INTEGERS, modifiers="relu")
+@instruction(
+    "min",
+    family="integer",
+    section="Integer Arithmetic Instructions: min",
+    types=INTEGERS,
+    modifiers="relu",
+    order="pure",
+)
 def minimum(b: Binder) -> Step:
     """Smaller of a and b; ``.relu`` (s32) not below 0."""
     d, x, y = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type)
@@ -114,7 +168,14 @@ def minimum(b: Binder) -> Step:
     return b.ufunc(np.minimum, d, x, y)
 
 
-@instruction("max", family="integer", section="9.7.1.13", types=INTEGERS, modifiers="relu")
+@instruction(
+    "max",
+    family="integer",
+    section="Integer Arithmetic Instructions: max",
+    types=INTEGERS,
+    modifiers="relu",
+    order="pure",
+)
 def maximum(b: Binder) -> Step:
     """Larger of a and b; ``.relu`` (s32) not below 0."""
     d, x, y = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type)
@@ -126,19 +187,37 @@ def maximum(b: Binder) -> Step:
 # Logic
 
 
-@instruction("and", family="integer", section="9.7.8.1", types=f"{BIT_TYPES} pred")
+@instruction(
+    "and",
+    family="integer",
+    section="Logic and Shift Instructions: and",
+    types=f"{BIT_TYPES} pred",
+    order="pure",
+)
 def bit_and(b: Binder) -> Step:
     """a & b."""
     return _logic(b, np.bitwise_and)
 
 
-@instruction("or", family="integer", section="9.7.8.2", types=f"{BIT_TYPES} pred")
+@instruction(
+    "or",
+    family="integer",
+    section="Logic and Shift Instructions: or",
+    types=f"{BIT_TYPES} pred",
+    order="pure",
+)
 def bit_or(b: Binder) -> Step:
     """a | b."""
     return _logic(b, np.bitwise_or)
 
 
-@instruction("xor", family="integer", section="9.7.8.3", types=f"{BIT_TYPES} pred")
+@instruction(
+    "xor",
+    family="integer",
+    section="Logic and Shift Instructions: xor",
+    types=f"{BIT_TYPES} pred",
+    order="pure",
+)
 def bit_xor(b: Binder) -> Step:
     """a ^ b."""
     return _logic(b, np.bitwise_xor)
@@ -152,13 +231,25 @@ def _logic(b: Binder, function: Any) -> Step:
     return b.ufunc(function, d, b.src(1, b.type), b.src(2, b.type))
 
 
-@instruction("not", family="integer", section="9.7.8.4", types=f"{BIT_TYPES} pred")
+@instruction(
+    "not",
+    family="integer",
+    section="Logic and Shift Instructions: not",
+    types=f"{BIT_TYPES} pred",
+    order="pure",
+)
 def bit_not(b: Binder) -> Step:
     """~a."""
     return b.ufunc(np.invert, b.dst(0, b.type), b.src(1, b.type))
 
 
-@instruction("cnot", family="integer", section="9.7.8.5", types=BIT_TYPES)
+@instruction(
+    "cnot",
+    family="integer",
+    section="Logic and Shift Instructions: cnot",
+    types=BIT_TYPES,
+    order="pure",
+)
 def cnot(b: Binder) -> Step:
     """1 if a is 0, else 0."""
     d, x = b.dst(0, b.type), b.src(1, b.type)
@@ -191,14 +282,24 @@ def _carried(b: Binder, addend: Any, *, subtract: bool, use: bool) -> Step:
     return step
 
 
-@instruction("add.cc addc addc.cc", family="integer", section="9.7.2.1", types="u32 s32 u64 s64")
+@instruction(
+    "add.cc addc addc.cc",
+    family="integer",
+    section="Extended-Precision Integer Arithmetic Instructions: add.cc, addc",
+    types="u32 s32 u64 s64",
+)
 def add_carry(b: Binder) -> Step:
     """a + b (+ carry), carry out with ``.cc``."""
     x, y = b.src(1, b.type), b.src(2, b.type)
     return _carried(b, lambda: (x, y), subtract=False, use=b.entry.opcode.startswith("addc"))
 
 
-@instruction("sub.cc subc subc.cc", family="integer", section="9.7.2.3", types="u32 s32 u64 s64")
+@instruction(
+    "sub.cc subc subc.cc",
+    family="integer",
+    section="Extended-Precision Integer Arithmetic Instructions: sub.cc, subc",
+    types="u32 s32 u64 s64",
+)
 def sub_carry(b: Binder) -> Step:
     """a - b (- borrow), borrow out with ``.cc``."""
     x, y = b.src(1, b.type), b.src(2, b.type)
@@ -208,7 +309,7 @@ def sub_carry(b: Binder) -> Step:
 @instruction(
     "mad.lo.cc mad.hi.cc madc.lo madc.hi madc.lo.cc madc.hi.cc",
     family="integer",
-    section="9.7.2.5",
+    section="Extended-Precision Integer Arithmetic Instructions: mad.cc, madc",
     types="u32 s32 u64 s64",
 )
 def mad_carry(b: Binder) -> Step:

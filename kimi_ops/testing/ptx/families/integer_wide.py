@@ -1,6 +1,6 @@
 """Products wider than their factors, and dot products of bytes.
 
-Source: PTX ISA 8.7, sections 9.7.1.3-9.7.1.6, 9.7.1.23-9.7.1.24.
+Source: PTX ISA, "Integer Arithmetic Instructions".
 """
 
 from __future__ import annotations
@@ -33,20 +33,38 @@ def high_half(x: Any, y: Any) -> Array:
     return np.asarray(high).view(x.dtype)
 
 
-@instruction("mul.hi", family="integer", section="9.7.1.3", types=INTEGERS)
+@instruction(
+    "mul.hi",
+    family="integer",
+    section="Integer Arithmetic Instructions: mul",
+    types=INTEGERS,
+    order="pure",
+)
 def mul_hi(b: Binder) -> Step:
     """Upper half of a * b."""
     return b.compute(high_half, b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type))
 
 
-@instruction("mad.hi", family="integer", section="9.7.1.4", types=INTEGERS)
+@instruction(
+    "mad.hi",
+    family="integer",
+    section="Integer Arithmetic Instructions: mad",
+    types=INTEGERS,
+    order="pure",
+)
 def mad_hi(b: Binder) -> Step:
     """Upper half of a * b, plus c."""
     d, x, y, z = (b.dst(0, b.type), *(b.src(i, b.type) for i in (1, 2, 3)))
     return b.compute(lambda: high_half(x, y) + z, d)
 
 
-@instruction("mul.wide", family="integer", section="9.7.1.3", types="u16 u32 s16 s32")
+@instruction(
+    "mul.wide",
+    family="integer",
+    section="Integer Arithmetic Instructions: mul",
+    types="u16 u32 s16 s32",
+    order="pure",
+)
 def mul_wide(b: Binder) -> Step:
     """a * b in twice the width."""
     wide = TYPES[f"{b.type.kind}{16 * b.type.size}"]
@@ -54,7 +72,13 @@ def mul_wide(b: Binder) -> Step:
     return b.compute(lambda: np.multiply(x, y, dtype=wide.dtype), d)
 
 
-@instruction("mad.wide", family="integer", section="9.7.1.4", types="u16 u32 s16 s32")
+@instruction(
+    "mad.wide",
+    family="integer",
+    section="Integer Arithmetic Instructions: mad",
+    types="u16 u32 s16 s32",
+    order="pure",
+)
 def mad_wide(b: Binder) -> Step:
     """a * b in twice the width, plus c of that width."""
     wide = TYPES[f"{b.type.kind}{16 * b.type.size}"]
@@ -62,14 +86,26 @@ def mad_wide(b: Binder) -> Step:
     return b.compute(lambda: np.multiply(x, y, dtype=wide.dtype) + z, d)
 
 
-@instruction("mul24.lo", family="integer", section="9.7.1.5", types="u32 s32")
+@instruction(
+    "mul24.lo",
+    family="integer",
+    section="Integer Arithmetic Instructions: mul24",
+    types="u32 s32",
+    order="pure",
+)
 def mul24(b: Binder) -> Step:
     """Low 32 bits of the product of the low 24 bits."""
     d, x, y = b.dst(0, b.type), b.src(1, b.type), b.src(2, b.type)
     return b.compute(lambda: ((x << 8) >> 8) * ((y << 8) >> 8), d)
 
 
-@instruction("dp4a", family="integer", section="9.7.1.23", types="u32 s32")
+@instruction(
+    "dp4a",
+    family="integer",
+    section="Integer Arithmetic Instructions: dp4a",
+    types="u32 s32",
+    order="pure",
+)
 def dp4a(b: Binder) -> Step:
     """c plus the dot product of four bytes; each factor signed or not."""
     u32 = TYPES["u32"]
@@ -77,11 +113,12 @@ def dp4a(b: Binder) -> Step:
     x, y, z = (b.src(i, u32) for i in (1, 2, 3))
 
     def bytes_of(v: Any, kind: str) -> Array:
-        flat = np.ascontiguousarray(np.broadcast_to(v, (b.machine.lanes,)))
-        return flat.view("u1" if kind == "u" else "i1").reshape(-1, 4).astype(np.int64)
+        flat = np.ascontiguousarray(np.broadcast_to(v, b.shape))
+        each = flat.view("u1" if kind == "u" else "i1").reshape(*b.shape, 4)
+        return each.astype(np.int64)
 
     def dot() -> Array:
-        product = (bytes_of(x, b.types[0].kind) * bytes_of(y, b.types[1].kind)).sum(axis=1)
+        product = (bytes_of(x, b.types[0].kind) * bytes_of(y, b.types[1].kind)).sum(axis=-1)
         return (product + np.asarray(z).astype(np.int64)).astype(np.uint32)
 
     return b.compute(dot, d)

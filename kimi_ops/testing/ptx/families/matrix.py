@@ -6,8 +6,8 @@ p t ... p t + p - 1, plus 4 p (r // 2); register r of B the rows p t ... plus 4 
 element i of C row g + 8 (i // 2), column 2 t + i % 2.
 
 Products are exact and summed in float32, in no stated order; integers exactly, wrapping without
-``.satfinite``. Source: PTX ISA 8.7, sections 9.7.14.5 (mma), 9.7.14.5.15 (ldmatrix), 9.7.14.5.16
-(stmatrix), 9.7.14.5.17 (movmatrix).
+``.satfinite``. Source: PTX ISA, "Warp Level Matrix Multiply-Accumulate
+Instructions".
 """
 
 from __future__ import annotations
@@ -71,21 +71,24 @@ _SHAPES = {
 
 
 def _elements(registers: list[Array], scalar: ScalarType) -> Array:
-    """Registers [lanes] each as element values [warps, 32 * registers * p]."""
-    stacked = np.stack(registers, axis=1)
+    """Registers [..., lanes] each as element values [warps, 32 * registers * p]."""
+    stacked = np.empty((*registers[0].shape, len(registers)), np.uint32)
+    for i, register in enumerate(registers):
+        stacked[..., i] = register
     if scalar.name in ("s8", "u8"):
         values = stacked.view(scalar.dtype).astype(np.int32)
     else:
         values = rounding.decode(stacked.view(scalar.dtype), scalar)
-    return values.reshape(-1, WARP * values.size // len(stacked))
+    return values.reshape(-1, WARP * values.shape[-1])
 
 
 @instruction(
     "mma.sync",
     family="matrix",
-    section="9.7.14.5.14",
+    section="Multiply-and-Accumulate Instruction: mma",
     types="f32 f16 bf16 tf32 s32 s8 u8",
     modifiers="aligned row col satfinite m16n8k4 m16n8k8 m16n8k16 m16n8k32",
+    order="pure",
 )
 def mma(b: Binder) -> Step:
     """D = A B + C for 16 x 8 tiles of f16, bf16, tf32, s8 and u8."""
@@ -109,7 +112,7 @@ def mma(b: Binder) -> Step:
     lanes = b.machine.lanes
     order_a, k = _order_a(type_a.size, count)
     order_b = _order_b(type_b.size, count // 2)
-    fa, fb, cs = ([np.broadcast_to(r, (lanes,)) for r in f] for f in (fa, fb, cs))
+    fa, fb, cs = ([np.broadcast_to(r, b.shape) for r in f] for f in (fa, fb, cs))
 
     def step(active: Active) -> None:
         _all_lanes(b, active)
@@ -117,16 +120,16 @@ def mma(b: Binder) -> Step:
             a, right, c = fa, fb, cs
         else:
             # A few warps of a large batch: leave the others out.
-            a, right, c = ([r[active.lanes] for r in f] for f in (fa, fb, cs))
-        left = _elements(a, type_a)[:, order_a].reshape(-1, 16, k)
-        product = np.matmul(left, _elements(right, type_b)[:, order_b].reshape(-1, k, 8))
+            a, right, c = ([r[..., active.lanes] for r in f] for f in (fa, fb, cs))
+        left = _elements(a, type_a).take(order_a, 1).reshape(-1, 16, k)
+        product = np.matmul(left, _elements(right, type_b).take(order_b, 1).reshape(-1, k, 8))
         b.site.traffic.multiply_adds += product.size * k
-        parts = product.reshape(-1, 128)[:, _ORDER_C].swapaxes(0, 1).reshape(4, -1)
+        parts = product.reshape(-1, 128)[:, _ORDER_C].swapaxes(0, 1).reshape(4, *c[0].shape)
         for d, out in zip(ds, _accumulated(parts, c), strict=True):
             if active.count == lanes:
                 d[...] = out
             else:
-                d[active.lanes] = out
+                d[..., active.lanes] = out
 
     def _accumulated(parts: Array, c: list[Array]) -> Array:
         if whole:
@@ -136,9 +139,9 @@ def mma(b: Binder) -> Step:
             return total.astype(np.int32)
         if result.name == "f32":
             return rounding.canonical(parts + np.stack(c))
-        halves = np.stack(c, axis=1).view(np.float16).astype(np.float32)
-        coded = rounding.encode_f32(parts + halves.T, TYPES["f16"])
-        return np.ascontiguousarray(coded.T).view(np.uint32).T
+        halves = np.stack(c, axis=-1).view(np.float16).astype(np.float32)
+        coded = rounding.encode_f32(np.moveaxis(parts, 0, -1) + halves, TYPES["f16"])
+        return np.moveaxis(np.ascontiguousarray(coded).view(np.uint32), -1, 0)
 
     return step
 
@@ -159,7 +162,14 @@ def _row_lanes(active: Active, count: int) -> Array:
     return lanes
 
 
-@instruction("ldmatrix", family="memory", section="9.7.14.5.15", types="b16", modifiers=_MATRIX)
+@instruction(
+    "ldmatrix",
+    family="memory",
+    section="Warp-level matrix load instruction: ldmatrix",
+    types="b16",
+    modifiers=_MATRIX,
+    order="access",
+)
 def ldmatrix(b: Binder) -> Step:
     """Loads 8 x 8 matrices of 16-bit elements from rows of 16 bytes."""
     ds, count = b.results(0, B32), _matrices(b)
@@ -168,28 +178,38 @@ def ldmatrix(b: Binder) -> Step:
         raise b.unsupported(f"{len(ds)} registers for {count} matrices")
     if not b.mods & {"shared", "shared::cta"}:
         raise b.unsupported("a generic address")
-    shared = b.machine.shared
+    shared, lanes = b.machine.shared, b.machine.lanes
+    runs = b.shape[0] if len(b.shape) > 1 else 1
 
     def step(active: Active) -> None:
         _all_lanes(b, active)
-        warps = active.warps
-        where = addresses(active).reshape(len(warps), WARP)[:, : 8 * count].reshape(-1)
-        values = shared.read(b.site, _row_lanes(active, count), where, 4, 4)
+        where = addresses(active).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
+        rows = _row_lanes(active, count)
+        if runs > 1:
+            rows = np.tile(rows, runs)
+        values = shared.read(b.site, rows, where, 4, 4)
         values = np.ascontiguousarray(values).view(np.uint16).reshape(-1, count, 8, 8)
         if "trans" in b.mods:
             values = values.swapaxes(2, 3)
         pairs = np.ascontiguousarray(values).view(np.uint32).reshape(-1, count, WARP)
         for i, d in enumerate(ds):
-            if active.count == len(d):
-                d[...] = pairs[:, i].reshape(-1)
+            part = pairs[:, i].reshape(*b.shape[:-1], -1)
+            if active.count == lanes:
+                d[...] = part
             else:
-                d[active.lanes] = pairs[:, i].reshape(-1)
+                d[..., active.lanes] = part
 
     return step
 
 
 @instruction(
-    "stmatrix", family="memory", section="9.7.14.5.16", types="b16", modifiers=_MATRIX, results=0
+    "stmatrix",
+    family="memory",
+    section="Warp-level matrix store instruction: stmatrix",
+    types="b16",
+    modifiers=_MATRIX,
+    results=0,
+    order="ordered",
 )
 def stmatrix(b: Binder) -> Step:
     """Stores 8 x 8 matrices of 16-bit elements to rows of 16 bytes (sm_90)."""
@@ -219,9 +239,10 @@ def stmatrix(b: Binder) -> Step:
 @instruction(
     "movmatrix",
     family="matrix",
-    section="9.7.14.5.17",
+    section="Warp-level matrix transpose instruction: movmatrix",
     types="b16",
     modifiers="sync aligned m8n8 trans",
+    order="ordered",
 )
 def movmatrix(b: Binder) -> Step:
     """Transposes an 8 x 8 matrix of 16-bit elements held by a warp."""

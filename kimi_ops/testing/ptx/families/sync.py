@@ -1,6 +1,6 @@
 """Barriers of the CTA and fences.
 
-Source: PTX ISA 8.7, sections 9.7.13.1 (bar, barrier), 9.7.13.4 (membar, fence).
+Source: PTX ISA, "Parallel Synchronization and Communication Instructions".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _uniform(b: Binder, operand: int, active: Active) -> int:
     "bar.sync bar.cta.sync barrier.sync barrier.cta.sync bar.arrive bar.cta.arrive "
     "barrier.arrive barrier.cta.arrive",
     family="barrier",
-    section="9.7.13.1",
+    section="Parallel Synchronization and Communication Instructions: bar, barrier",
     modifiers="aligned",
     results=0,
     control=True,
@@ -44,6 +44,7 @@ def barrier(b: Binder) -> Step:
     if b.ins.guard is not None:
         raise b.unsupported("a predicated barrier")
     wait = "sync" in b.entry.opcode
+    aligned = b.entry.opcode.startswith("bar.") or "aligned" in b.mods
     if isinstance(b.ins.operands[0], Immediate) and not 0 <= b.integer(0) < BARRIERS:
         raise b.unsupported(f"barrier number {b.integer(0)}")
     if not wait and not b.has(1):
@@ -60,7 +61,9 @@ def barrier(b: Binder) -> Step:
             raise b.site.fail(
                 Divergence, f"barrier for {threads} threads, no multiple of 32", active.lanes[0]
             )
-        return b.machine.barriers.arrive(b.site, active, number, threads, wait=wait)
+        return b.machine.barriers.arrive(
+            b.site, active, number, threads, wait=wait, aligned=aligned
+        )
 
     return step
 
@@ -68,10 +71,11 @@ def barrier(b: Binder) -> Step:
 @instruction(
     "membar fence",
     family="barrier",
-    section="9.7.13.4",
+    section="Parallel Synchronization and Communication Instructions: membar, fence",
     modifiers="cta gl sys gpu cluster sc acq_rel acquire release",
     results=0,
 )
 def fence(b: Binder) -> Step:
-    """Orders the thread's accesses; makes the kernel's atomics acquire and release."""
-    return lambda active: None
+    """Orders the thread's accesses, those before against those after it (`global_clocks`)."""
+    memory = b.machine.launch.memory
+    return lambda active: memory.fence(b.site, active.lanes)

@@ -1,9 +1,9 @@
 """Exchange within a warp.
 
 The lanes that a member mask names must execute the instruction together; lanes that have exited
-are not waited for, and reading one is an error. Source: PTX ISA 8.7, sections 9.7.9.6 (shfl.sync),
-9.7.13.9 (vote.sync), 9.7.13.10 (match.sync), 9.7.13.11 (activemask), 9.7.13.12 (redux.sync),
-9.7.13.14 (elect.sync), 9.7.13.2 (bar.warp.sync).
+are not waited for, and reading one is an error. Source: PTX ISA,
+"Data Movement and Conversion Instructions: shfl.sync", "Parallel Synchronization and
+Communication Instructions".
 """
 
 from __future__ import annotations
@@ -58,12 +58,37 @@ class Members:
         return rows
 
 
+def _sources(mode: str, other: Any, clamp: Any) -> tuple[Array, Array]:
+    """(the lane that each lane reads, whether it is in range), both [..., 32]."""
+    c, by = np.asarray(clamp).astype(np.int64), np.asarray(other).astype(np.int64) & 31
+    segment, limit = (c >> 8) & 31, c & 31
+    highest = (_LANES & segment) | (limit & ~segment)
+    if mode == "up":
+        source = _LANES - by
+    elif mode == "down":
+        source = _LANES + by
+    elif mode == "bfly":
+        source = _LANES ^ by
+    else:
+        source = (_LANES & segment) | (by & ~segment & 31)
+    valid = source >= highest if mode == "up" else source <= highest
+    return np.where(valid, source, _LANES), valid
+
+
+def _fixed_sources(mode: str, other: Any, clamp: Any, mask: Any) -> tuple[Array, Array] | None:
+    """`_sources` of constant operands with a mask of all lanes: then nothing can fail."""
+    if np.ndim(other) or np.ndim(clamp) or np.ndim(mask) or mask != 0xFFFFFFFF:
+        return None
+    return _sources(mode, other, clamp)
+
+
 @instruction(
     "shfl.sync",
     family="warp",
-    section="9.7.9.6",
+    section="Data Movement and Conversion Instructions: shfl.sync",
     types="b32",
     modifiers="up down bfly idx",
+    order="lanes",
 )
 def shfl(b: Binder) -> Step:
     """Value of another lane of the segment; p says whether that lane is in range."""
@@ -76,26 +101,27 @@ def shfl(b: Binder) -> Step:
     known_d, known_x = b.flag(0), b.flag(1)
     required = [(b.ins.operands[i], b.flag(i)) for i in (2, 3, 4)]
 
+    fixed = _fixed_sources(mode, other, clamp, members.mask)
+    if known_d is not None or any(flag is not None for _, flag in required):
+        fixed = None
+
     def step(active: Active) -> None:
+        if fixed is not None and active.whole:
+            source, valid = fixed
+            full = np.broadcast_to(x, b.shape).reshape(-1, WARP)
+            put(d, full.take(source, 1).reshape(b.shape), active)
+            if p is not None:
+                put(p, np.tile(valid, b.machine.lanes // WARP), active)
+            return
         for operand, flag in required:
             if flag is not None:
                 b.machine.require(flag, active.mask, str(operand), b.site.index)
         members.rows(active)
-        c = np.broadcast_to(clamp, shape).astype(np.int64).reshape(-1, WARP)
-        by = np.broadcast_to(other, shape).astype(np.int64).reshape(-1, WARP) & 31
-        segment, limit = (c >> 8) & 31, c & 31
-        highest = (_LANES & segment) | (limit & ~segment)
-        lowest = _LANES & segment
-        if mode == "up":
-            source = _LANES - by
-        elif mode == "down":
-            source = _LANES + by
-        elif mode == "bfly":
-            source = _LANES ^ by
-        else:
-            source = lowest | (by & ~segment & 31)
-        valid = source >= highest if mode == "up" else source <= highest
-        source = np.where(valid, source, _LANES)
+        source, valid = _sources(
+            mode,
+            np.broadcast_to(other, shape).reshape(-1, WARP),
+            np.broadcast_to(clamp, shape).reshape(-1, WARP),
+        )
         rows = active.mask.reshape(-1, WARP)
         absent = rows & ~np.take_along_axis(rows, source, axis=1)
         if absent.any():
@@ -121,7 +147,7 @@ def shfl(b: Binder) -> Step:
 @instruction(
     "vote.sync",
     family="warp",
-    section="9.7.13.9",
+    section="Parallel Synchronization and Communication Instructions: vote.sync",
     types="pred b32",
     modifiers="all any uni ballot",
 )
@@ -149,7 +175,12 @@ def vote(b: Binder) -> Step:
     return step
 
 
-@instruction("activemask", family="warp", section="9.7.13.11", types="b32")
+@instruction(
+    "activemask",
+    family="warp",
+    section="Parallel Synchronization and Communication Instructions: activemask",
+    types="b32",
+)
 def activemask(b: Binder) -> Step:
     """Bits of the lanes that execute this together."""
     d = b.dst(0, B32)
@@ -173,7 +204,7 @@ _REDUCTIONS: dict[str, tuple[Any, Callable[[np.dtype[Any]], Any]]] = {
 @instruction(
     "redux.sync",
     family="warp",
-    section="9.7.13.12",
+    section="Parallel Synchronization and Communication Instructions: redux.sync",
     types="u32 s32 b32",
     modifiers="add min max and or xor",
 )
@@ -202,7 +233,7 @@ def redux(b: Binder) -> Step:
 @instruction(
     "redux.sync",
     family="warp",
-    section="9.7.13.12",
+    section="Parallel Synchronization and Communication Instructions: redux.sync",
     types="f32",
     modifiers="min max abs NaN",
 )
@@ -232,7 +263,12 @@ def redux_float(b: Binder) -> Step:
     return step
 
 
-@instruction("match.any.sync match.all.sync", family="warp", section="9.7.13.10", types="b32 b64")
+@instruction(
+    "match.any.sync match.all.sync",
+    family="warp",
+    section="Parallel Synchronization and Communication Instructions: match.sync",
+    types="b32 b64",
+)
 def match(b: Binder) -> Step:
     """Member lanes that hold the same value; ``.all`` only if all do."""
     d, p, x = b.dst(0, B32), b.second(0), b.src(1, b.type)
@@ -255,7 +291,11 @@ def match(b: Binder) -> Step:
     return step
 
 
-@instruction("elect.sync", family="warp", section="9.7.13.14")
+@instruction(
+    "elect.sync",
+    family="warp",
+    section="Parallel Synchronization and Communication Instructions: elect.sync",
+)
 def elect(b: Binder) -> Step:
     """Elects the lowest member lane: d its number, p true in it."""
     d, p = b.dst(0, B32), b.second(0)
@@ -272,7 +312,12 @@ def elect(b: Binder) -> Step:
     return step
 
 
-@instruction("bar.warp.sync", family="warp", section="9.7.13.2", results=0)
+@instruction(
+    "bar.warp.sync",
+    family="warp",
+    section="Parallel Synchronization and Communication Instructions: bar.warp.sync",
+    results=0,
+)
 def warp_sync(b: Binder) -> Step:
     """The named lanes wait for each other."""
     members = Members(b, 0)
