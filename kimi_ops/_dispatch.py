@@ -1,15 +1,6 @@
 """Defines the ops, and decides which backend runs a call: the only place that does.
 
-An op has one contract (`kimi_ops/ops/<op>.py`) and up to four backends, each one module with
-
-- ``unsupported(*args) -> str | None``: why this backend cannot run these arguments, or None;
-- ``launch(outputs, *args) -> None``: writes every element of ``outputs``, which is what the op's
-  own ``outputs(*args)`` allocated (a tensor, a tuple of tensors, or None for an in-place op);
-- ``BATCH_INVARIANT = True`` if in `batch_invariant` mode its results for a row do not depend on the
-  rest of the batch. Without it the backend is refused in that mode.
-
-The module of a backend is imported at the first call that considers it, never before, so that
-importing this package needs neither Triton nor CuPy nor a compiler.
+An op has one contract (`kimi_ops/ops/<op>.py`) and up to four backends (`kimi_ops._backends`).
 
 The automatic choice takes the first backend of the device's order that declares no reason against
 the call. An explicit choice (`use_backend`, or the environment variable ``KIMI_OPS_BACKEND``) never
@@ -19,36 +10,27 @@ falls back: where it cannot run, it raises `BackendError` with the reason.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from kimi_ops._backends import (
+    AUTOMATIC_ORDER,
+    AUTOMATIC_ORDER_OF_OP,
+    BACKENDS,
+    GPU_BACKENDS,
+    SIMULATED,
+    Backend,
+    as_backend,
+    load_backend,
+)
 from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops._check import Checks
-
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-AUTOMATIC_ORDER: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "cuda", "reference"),
-}
-# Ops whose CUDA C++ kernel has run on a real GPU and won there get their own order here.
-AUTOMATIC_ORDER_OF_OP: Mapping[tuple[str, str], tuple[str, ...]] = {}
-
-_PACKAGE = {"reference": "reference", "cpu": "cpu", "triton": "kernels", "cuda": "cuda"}
-_NEEDS = {  # backend: (module it cannot do without, how to get it)
-    "triton": ("triton", "pip install 'triton>=3.4'"),
-    "cuda": ("cupy", "pip install cupy-cuda13x (or cupy-cuda12x)"),
-}
-_GPU = ("triton", "cuda")
-# Of those the ones whose launches an emulator or an interpreter takes over just now (`simulated`).
-_SIMULATED: list[str] = []
 
 _LIBRARY = torch.library.Library("kimi_ops", "DEF")
 _OPS: dict[str, Op] = {}
@@ -56,14 +38,6 @@ _OPS: dict[str, Op] = {}
 
 class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run the call, or none at all can."""
-
-
-class Backend(Protocol):
-    """What a backend's module offers for one op."""
-
-    def unsupported(self, *args: Any) -> str | None: ...
-
-    def launch(self, outputs: Any, *args: Any) -> None: ...
 
 
 class Op:
@@ -182,7 +156,7 @@ class Op:
         if args is None:
             return None
         device = args[self._device_arg].device
-        if name in _GPU and device.type != "cuda" and name not in _SIMULATED:
+        if name in GPU_BACKENDS and device.type != "cuda" and name not in SIMULATED:
             return (
                 f"its kernels run on a GPU, the tensors are on {device}; without one they run in "
                 "kimi_ops.testing.runner.emulated()"
@@ -197,11 +171,11 @@ class Op:
 
     def load(self, name: str) -> Backend | str:
         """The backend's module, or the reason why there is none."""
-        loaded = self._simulated if name in _SIMULATED else self._loaded
+        loaded = self._simulated if name in SIMULATED else self._loaded
         if name not in loaded:
             if name not in BACKENDS:
                 return f"no such backend; there are {', '.join(self.known_backends())}"
-            loaded[name] = _load(self.name, name)
+            loaded[name] = load_backend(self.name, name)
         return loaded[name]
 
     def known_backends(self) -> tuple[str, ...]:
@@ -213,38 +187,6 @@ def _refusal(backend: Backend, args: tuple[Any, ...]) -> str | None:
     if is_batch_invariant() and not getattr(backend, "BATCH_INVARIANT", False):
         return "batch-invariant mode is on, and it does not promise results that keep to it"
     return backend.unsupported(*args)
-
-
-def _load(op: str, backend: str) -> Backend | str:
-    if not has_kernel(op, backend):
-        return f"there is no {backend} kernel for {op}"
-    if backend not in _SIMULATED and (needs := _NEEDS.get(backend)):
-        module, remedy = needs
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed: {remedy}"
-    if backend == "cpu":
-        from kimi_ops import _native
-
-        if reason := _native.missing():
-            return reason
-    return _as_backend(importlib.import_module(f"kimi_ops.{_PACKAGE[backend]}.{op}"))
-
-
-def has_kernel(op: str, backend: str) -> bool:
-    """Whether the package has a module of this backend for the op, runnable here or not."""
-    package = f"kimi_ops.{_PACKAGE[backend]}"
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is missing: kimi-ops is not installed, run pip install -e .")
-    return importlib.util.find_spec(f"{package}.{op}") is not None
-
-
-def _as_backend(module: Any) -> Backend:
-    missing = [n for n in ("unsupported", "launch") if not callable(getattr(module, n, None))]
-    if missing:
-        name = getattr(module, "__name__", repr(module))
-        raise TypeError(f"{name} is not a backend: it lacks {' and '.join(missing)}")
-    backend: Backend = module
-    return backend
 
 
 def define_op(schema: str, *, checks: Mapping[str, str], outputs: Callable[..., Any]) -> Any:
@@ -288,17 +230,7 @@ def register_backend(op: str, name: str, module: Backend | ModuleType) -> None:
     """
     if name in BACKENDS or name == "auto":
         raise ValueError(f"backend name {name!r} is taken")
-    get_op(op)._loaded[name] = _as_backend(module)
-
-
-@contextlib.contextmanager
-def simulated(*backends: str) -> Iterator[None]:
-    """Within the block these GPU backends take CPU tensors; for who takes over their launches."""
-    _SIMULATED.extend(backends)
-    try:
-        yield
-    finally:
-        del _SIMULATED[len(_SIMULATED) - len(backends) :]
+    get_op(op)._loaded[name] = as_backend(module)
 
 
 def parse_choice(text: str) -> dict[str, str]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kimi_ops import _native
-from kimi_ops._dispatch import AUTOMATIC_ORDER, BACKENDS, explain, op_names
+from kimi_ops._backends import AUTOMATIC_ORDER, BACKENDS
+from kimi_ops._dispatch import explain, op_names
 from kimi_ops._version import __version__
 
 _PACKAGES = {  # distribution: what it is needed for

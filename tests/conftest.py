@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import kimi_ops
-from kimi_ops._dispatch import BACKENDS, get_op, has_kernel
+from kimi_ops._backends import BACKENDS, has_kernel
+from kimi_ops._dispatch import get_op
 from kimi_ops.testing import cases
 from kimi_ops.testing.ways import WAYS, ways_of, with_way
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import kimi_ops
+from kimi_ops._batch_invariant import batch_invariant
 from kimi_ops.reference.mla_decode import mla_decode
 from kimi_ops.testing import cases, check_op
+from kimi_ops.testing.oracle import assert_close_to_oracle
 
 OP = "mla_decode"
 
@@ -67,3 +70,199 @@ def test_lost_page_is_nan_for_its_sequence_alone(backend):
     assert lse[0].isfinite().all()
     assert out[1].isnan().all()
     assert lse[1].isnan().all()
+
+
+# The Triton kernels beyond the common body.
+triton = pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
+
+from kimi_ops.kernels import mla_decode as kernels  # noqa: E402
+from kimi_ops.kernels._mla_plan import MAX_SPLITS, TILES, Plan, plan_of, splits_of  # noqa: E402
+from kimi_ops.kernels._target import targeting  # noqa: E402
+from kimi_ops.testing.runner import emulated, target_of  # noqa: E402
+from kimi_ops.testing.static import (  # noqa: E402
+    assert_no_spills,
+    assert_shared_memory_fits,
+    assert_uses,
+    assert_wide_loads,
+    compile_case,
+    static_cases_of,
+)
+
+GLUON = triton.__version__.startswith(kernels.GLUON_TRITON)
+TENSOR_INSTRUCTION = {"sm_90a": "HGMMA", "sm_100a": "UTCHMMA", "gfx942": "v_mfma"}
+# The heaviest use of each tile: page ids per token. Page 64 where there is no other.
+STATIC = [
+    (case, arch)
+    for case in kernels.static_cases()
+    for arch in case.arches
+    if "_512_" in case.name or "combine" in case.name
+]
+HEAVY = ("_page_1_splits_8", "64x64_w8_512_page_64_splits_8", "combine_splits_64")
+USUAL_ARCHES = ("sm_90a", "sm_100a", "sm_120")
+
+
+def _skip_unless_full(request):
+    if request.node.get_closest_marker("full") and not request.config.getoption("--full"):
+        pytest.skip("part of the full grid: --full")
+
+
+def _call(
+    lengths, heads, new=1, page=64, widths=(512, 64), max_pages=None, dtype=torch.bfloat16, seed=0
+):
+    """Arguments of one call; sequence b depends on ``lengths[b]`` and its place alone."""
+    rank, rope = widths
+    columns = max_pages or max(1, *(-(-n // page) for n in lengths))
+    cache = torch.full((len(lengths) * columns, page, rank + rope), torch.nan, dtype=dtype)
+    table = torch.arange(len(cache)).flip(0).int().view(len(lengths), columns)
+    queries = []
+    for b, length in enumerate(lengths):
+        generator = torch.Generator().manual_seed(1000 * seed + length)
+        values = torch.randn(length, rank + rope, generator=generator).to(dtype)
+        for first in range(0, length, page):
+            chunk = values[first : first + page]
+            cache[table[b, first // page], : len(chunk)] = chunk
+        queries.append(torch.randn(new, heads, rank + rope, generator=generator).to(dtype) / 4)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    return torch.stack(queries), cache, table, lens, 0.1446796, rank
+
+
+def _emulate(args, arch, seed=None):
+    """Outputs and reports by kernel of one call in the emulator."""
+    out = torch.empty(*args[0].shape[:3], args[5], dtype=args[0].dtype)
+    lse = torch.empty(args[0].shape[:3])
+    with emulated(arch=arch, seed=seed) as emulation:
+        kernels.launch((out, lse), *args)
+    return out, lse, dict(emulation.launches)
+
+
+def _assert_right(args, out, lse):
+    exact = mla_decode(args[0].double(), args[1].double(), *args[2:])
+    for result, naive, oracle in zip((out, lse), mla_decode(*args), exact, strict=True):
+        assert_close_to_oracle("mla_decode", result, naive.to(result.dtype), oracle)
+
+
+@pytest.mark.parametrize(
+    ("built", "arch"),
+    [
+        pytest.param(
+            case,
+            arch,
+            marks=[] if case.name.endswith(HEAVY) and arch in USUAL_ARCHES else pytest.mark.full,
+            id=f"{case.name}-{arch}",
+        )
+        for case, arch in STATIC
+    ],
+)
+def test_every_tile_compiles_without_spills_for_its_tensor_cores(built, arch, request):
+    _skip_unless_full(request)
+    report = compile_case(built, arch)
+    assert_no_spills(report)
+    assert_shared_memory_fits(report)
+    if built.name.startswith("split"):
+        assert_uses(report, TENSOR_INSTRUCTION.get(arch, "HMMA"))
+        if arch != "gfx942":
+            assert_wide_loads(report, narrow_allowed=100)
+
+
+@pytest.mark.skipif(not GLUON, reason="Gluon kernels are for other versions of Triton")
+@pytest.mark.parametrize("tile", [t for t in TILES["sm_90"] if t.gluon], ids=lambda t: t.gluon)
+@pytest.mark.parametrize("splits", [1, 8])
+def test_gluon_kernels_compile_without_spills(tile, splits):
+    name = f"gluon_{tile.rows}x{tile.tokens}_splits_{splits}"
+    (case,) = [case for case in static_cases_of(OP) if case.name == name]
+    report = compile_case(case, "sm_90a")
+    assert_no_spills(report)
+    assert_shared_memory_fits(report, blocks=tile.per_sm)
+    assert_uses(report, "HGMMA")
+
+
+@pytest.mark.parametrize(("arch", "heads"), [(80, 16), (80, 64), (90, 16), (90, 64)])
+def test_the_cache_is_read_once_in_whole_sectors(arch, heads):
+    """512 tokens of K2.5's widths in two splits: bytes, sectors, wavefronts against the floor."""
+    args = _call((512,), heads=heads)
+    with (
+        targeting(target_of(arch)),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(kernels, "plan_of", lambda tile, *_, **__: Plan(1, 2, 1, 2))
+        out, lse, reports = _emulate(args, arch)
+    _assert_right(args, out, lse)
+    combine = reports.pop("mla_decode_combine_kernel")
+    ((_, split),) = reports.items()
+    q, cache, table, lens, *_ = args
+    floor = cache.nbytes + 2 * (q.nbytes + lens.nbytes) + table.nbytes
+    assert split.total.global_load_bytes <= 1.05 * floor
+    assert split.unique_read_bytes <= 1.01 * (cache.nbytes + q.nbytes) + 64
+    for report in (split, combine):
+        assert report.total.global_sectors <= 1.10 * report.total.global_sectors_ideal
+        assert report.total.shared_wavefronts <= 1.25 * report.total.shared_wavefronts_ideal or (
+            report is combine
+        )
+
+
+@pytest.mark.parametrize(
+    ("arch", "heads", "page"),
+    [(80, 4, 8), (90, 8, 64), pytest.param(90, 40, 64, marks=pytest.mark.full)],
+)
+def test_batch_invariant_mode(arch, heads, page, request):
+    """A sequence alone, in a batch and with a longer page table: the same bits, several splits."""
+    _skip_unless_full(request)
+    widths = (32, 16) if arch == 80 else (512, 64)
+    lengths = (1030, 5, 70) if arch == 80 else (520, 3)
+    with batch_invariant():
+        wide = _call(lengths, heads, page=page, widths=widths, max_pages=1 + 2048 // page)
+        together = _emulate(wide, arch, seed=1)
+        for b, length in enumerate(lengths):
+            alone = _emulate(_call((length,), heads, page=page, widths=widths), arch, seed=b)
+            for one, many in zip(alone[:2], together[:2], strict=True):
+                assert torch.equal(one[0], many[b]), f"length {length}"
+    _assert_right(wide, *together[:2])
+
+
+@pytest.mark.parametrize(("arch", "seeds"), [(80, 20), (90, 2)])
+def test_no_schedule_changes_a_bit(arch, seeds):
+    lengths, widths = ((40, 9, 0), (32, 16)) if arch == 80 else ((130, 0), (512, 64))
+    args = _call(lengths, 8, page=64, widths=widths)
+    out, lse, _ = _emulate(args, arch)
+    _assert_right(args, out, lse)
+    for seed in range(seeds):
+        again = _emulate(args, arch, seed=seed)
+        assert torch.equal(out, again[0])
+        assert torch.equal(lse, again[1])
+
+
+@pytest.mark.parametrize("heads", [8, 64])
+def test_one_split_writes_the_results_itself_empty_sequences_too(heads):
+    args = _call((0, 64, 3), heads)
+    out, lse, reports = _emulate(args, 90, seed=0)
+    assert len(reports) == 1
+    _assert_right(args, out, lse)
+    assert not out[0].any()
+    assert (lse[0] == -torch.inf).all()
+
+
+def test_splits_fill_the_gpu_and_no_more():
+    for groups in (1, 3, 64, 200, 5000):
+        for blocks in (0, 1, 2, 64, 4096):
+            splits = splits_of(groups, blocks, 132)
+            assert 1 <= splits <= max(1, min(blocks, MAX_SPLITS))
+            if groups >= 132 * 4:
+                assert splits == 1
+    assert splits_of(1, 512, 132) >= 64
+    # What decides the order of a sequence's sums does not see the batch in batch-invariant mode.
+    for tile in (tile for tiles in TILES.values() for tile in tiles):
+        plans = {plan_of(tile, 132, b, 64, 65536, invariant=True) for b in (1, 7, 500)}
+        assert len(plans) == 1
+
+
+def test_limits_are_said():
+    small = _call((5,), 2, page=8, widths=(32, 16))
+    with targeting(target_of(80)):
+        assert kernels.unsupported(*small) is None
+        assert "float32" in kernels.unsupported(small[0].float(), small[1].float(), *small[2:])
+        wide = _call((5,), 2, page=8, widths=(1024, 16))
+        assert "C up to 512" in kernels.unsupported(*wide)
+        table = torch.empty(1, 1 << 27, dtype=torch.int32, device="meta")
+        assert "2^30" in kernels.unsupported(*small[:2], table, *small[3:])
+    with targeting(type(target_of(80))("cuda", 75, 40, 64 * 1024)):
+        assert "sm_75" in kernels.unsupported(*small)

@@ -3,12 +3,16 @@ transformers' rotary embedding."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
+import kimi_ops
 from kimi_ops.reference._rotate import rope
 from kimi_ops.reference.mla_latent_write import mla_latent_write
 from kimi_ops.testing import cases, check_op
+from kimi_ops.testing.inputs import mla
+from kimi_ops.testing.runner import emulated
 
 OP = "mla_latent_write"
 
@@ -63,3 +67,55 @@ def test_angles_are_not_rounded_to_the_activations_dtype():
     torch.testing.assert_close(
         y[0].double(), torch.cat((expected.cos(), expected.sin())), atol=2**-8, rtol=2**-8
     )
+
+
+def _arguments(tokens, **options):
+    return mla.mla_latent_write(torch.Generator().manual_seed(7), tokens, **options)
+
+
+def test_widths_that_are_no_powers_of_two(backend):
+    check_op(OP, _arguments(5, widths=(100, 36, 12), page=3), backend)
+
+
+def test_no_rope_values(backend):
+    check_op(OP, _arguments(3, widths=(32, 16, 0), page=4), backend)
+
+
+def test_a_token_does_not_depend_on_the_batch(backend):
+    whole = list(_arguments(6, page=4))
+    with kimi_ops.use_backend(mla_latent_write=backend):
+        q_a = kimi_ops.mla_latent_write(*whole)
+        for t in (0, 2, 5):
+            part = list(_arguments(6, page=4))
+            for i in (0, 3, 5):  # qkv_a, positions, slot_mapping
+                part[i] = part[i][t : t + 1]
+            alone = kimi_ops.mla_latent_write(*part)
+            assert torch.equal(alone[0].view(torch.int16), q_a[t].view(torch.int16))
+            page, row = divmod(int(part[5]), 4)
+            assert torch.equal(part[6][page, row], whole[6][page, row])
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernel_moves_each_byte_once_in_one_launch(arch):
+    from kimi_ops.kernels import mla_latent_write as kernel
+
+    args = _arguments(4)  # fewer than 5: all slots are in the cache
+    with emulated(arch=arch) as emulation:
+        kernel.launch(torch.empty(4, 1536).bfloat16(), *args)
+    ((_, report),) = emulation.launches
+    rows, weights = 4 * 4224, 4096 + 128
+    assert report.unique_read_bytes == rows + weights + 2 * 32  # positions and slots: a sector
+    assert report.unique_written_bytes == rows
+    assert report.total.global_sectors == report.total.global_sectors_ideal
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_angles_do_not_go_through_approximate_sines(arch):
+    from kimi_ops.kernels import mla_latent_write as kernel
+    from kimi_ops.testing.runner import compile_triton
+
+    arguments, warps = kernel._arguments(torch.empty(1, 1536).bfloat16(), *_arguments(1))
+    ptx = compile_triton(kernel.mla_latent_write_kernel, arguments, arch=arch, num_warps=warps).ptx
+    for word in ("sin.approx", "cos.approx", ".local"):
+        assert word not in ptx, word
+    assert "ld.global.v4" in ptx

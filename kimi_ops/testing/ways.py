@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from kimi_ops._dispatch import Backend, get_op, has_kernel, register_backend, simulated
+from kimi_ops._backends import Backend, has_kernel, simulated
+from kimi_ops._dispatch import get_op, register_backend
 from kimi_ops.kernels._target import targeting
 from kimi_ops.testing.check import as_tuple
 from kimi_ops.testing.inputs import Case

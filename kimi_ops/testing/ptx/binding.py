@@ -7,6 +7,7 @@ does the instruction for the active lanes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kimi_ops.testing.ptx.machine import Machine
 
 Step: TypeAlias = Callable[["Active"], Any]
+_OTHER = re.compile(r"at PTX line (\d+)")
 
 
 class Active:
@@ -82,8 +84,14 @@ class Site:
         self.bulk = "bulk" in ins.parts
 
     def fail(self, kind: type[PtxError], message: str, lane: int) -> PtxError:
-        """A report about one lane of the batch."""
-        return kind(message, self.machine.where(self.ins, int(lane)))
+        """A report about one lane of the batch; other accesses that it names get source lines."""
+        located = _OTHER.sub(self._located, message)
+        return kind(located, self.machine.where(self.ins, int(lane)))
+
+    def _located(self, match: re.Match[str]) -> str:
+        line = int(match[1])
+        loc = next((i.loc for i in self.machine.launch.program.code if i.line == line), ("", 0))
+        return f"{match[0]} ({loc[0].rsplit('/', 1)[-1]}:{loc[1]})" if loc[1] else match[0]
 
     def split(self, count: int) -> list[tuple[Site, slice]]:
         """Which of ``count`` accesses are whose: all its own, unless it stands for several."""
@@ -130,16 +138,22 @@ class Binder:
         """Whether there is an operand at this index."""
         return operand < len(self.ins.operands)
 
+    def operand(self, number: int) -> Operand:
+        """An operand by its place; an instruction that is too short is an error that says so."""
+        if number >= len(self.ins.operands):
+            raise self.unsupported(f"only {len(self.ins.operands)} operands")
+        return self.ins.operands[number]
+
     def integer(self, operand: int) -> int:
         """An operand that the instruction takes as a constant."""
-        value = self.ins.operands[operand]
+        value = self.operand(operand)
         if not isinstance(value, Immediate) or not isinstance(value.value, int):
             raise self.unsupported(f"operand {operand} that is no integer constant")
         return value.value
 
     def flag(self, operand: int) -> Array | None:
         """Which lanes of a register operand hold a value; None where all do."""
-        item = self.ins.operands[operand]
+        item = self.operand(operand)
         if isinstance(item, Pair):
             item = item.first
         return self.machine.flags.get(item.name) if isinstance(item, Name) else None
@@ -153,7 +167,7 @@ class Binder:
             wide: the register may be wider than the type, whose low bits are taken (ld, st, cvt;
                 PTX ISA, "Operand Size Exceeding Instruction-Type Size").
         """
-        item = self.ins.operands[operand] if isinstance(operand, int) else operand
+        item = self.operand(operand) if isinstance(operand, int) else operand
         if isinstance(item, Immediate):
             return self._constant(item, scalar)
         if not isinstance(item, Name):
@@ -201,7 +215,7 @@ class Binder:
 
     def predicate(self, operand: int | Operand) -> Callable[[], Any]:
         """A predicate operand, read anew at each call since it may be negated."""
-        item = self.ins.operands[operand] if isinstance(operand, int) else operand
+        item = self.operand(operand) if isinstance(operand, int) else operand
         held = self.src(item, TYPES["pred"])
         if isinstance(item, Name) and item.negated:
             return lambda: ~held
@@ -209,7 +223,7 @@ class Binder:
 
     def items(self, operand: int) -> tuple[Operand, ...]:
         """The elements of a vector operand, or the operand alone."""
-        item = self.ins.operands[operand]
+        item = self.operand(operand)
         return item.items if isinstance(item, Vector) else (item,)
 
     def sources(self, operand: int, scalar: ScalarType, *, wide: bool = False) -> list[Any]:
@@ -224,7 +238,7 @@ class Binder:
         With ``wide``, a wider register gives an integer array of its own width, signed if the
         type is, so that assignment extends as the ISA has it; `put` does that.
         """
-        item = self.ins.operands[operand] if isinstance(operand, int) else operand
+        item = self.operand(operand) if isinstance(operand, int) else operand
         if isinstance(item, Pair):
             item = item.first
         if not isinstance(item, Name):
@@ -254,7 +268,7 @@ class Binder:
 
     def second(self, operand: int) -> Array | None:
         """The ``q`` of a result ``p|q``, a predicate; None without one."""
-        item = self.ins.operands[operand]
+        item = self.operand(operand)
         return self.dst(item.second, TYPES["pred"]) if isinstance(item, Pair) else None
 
     def require_apart(self, lanes: Array, addresses: Array, *, shared: bool) -> None:
@@ -295,7 +309,7 @@ class Binder:
 
     def address(self, operand: int) -> Callable[[Active], Array]:
         """The addresses [active lanes] of ``[base + offset]``, int64."""
-        item = self.ins.operands[operand]
+        item = self.operand(operand)
         if not isinstance(item, Address):
             raise self.unsupported(f"address {item}")
         base: Any

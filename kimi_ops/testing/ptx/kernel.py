@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from kimi_ops.testing.devices import device
 from kimi_ops.testing.ptx import families
 from kimi_ops.testing.ptx.counters import SECTOR_BYTES, Counts
 from kimi_ops.testing.ptx.errors import Deadlock, LaunchError, Uninitialised, UnsupportedPtx
@@ -35,6 +36,8 @@ families.load()
 _BATCH_THREADS = 8192
 # Clocks of the race detector take up to sixty times as much.
 _BATCH_SHARED_BYTES = 4 << 20
+# What a CTA has on every GPU, unasked (CUDA C++ Programming Guide, "Compute Capabilities").
+_SHARED_EVERYWHERE = 48 << 10
 
 
 @dataclass
@@ -152,6 +155,7 @@ class Kernel:
             step_limit,
             fuse=fuse,
         )
+        self._require_shared(launch.shared_bytes)
         launch.memory.written = written
         launch.bind_params(args, uninitialised)
         warps = -(-threads // WARP)
@@ -178,6 +182,20 @@ class Kernel:
                     ) from None
         self._require_written(launch)
         return self._report(launch, machine, count, threads)
+
+    def _require_shared(self, size: int) -> None:
+        if size <= _SHARED_EVERYWHERE:
+            return
+        target = self.program.target
+        try:
+            gpu = device(target)
+        except ValueError:
+            raise LaunchError(f"{self.name}: the shared memory of {target} is not known") from None
+        if size > gpu.shared_per_block_bytes:
+            raise LaunchError(
+                f"{self.name} needs {size} bytes of shared memory; a CTA of {target} has "
+                f"{gpu.shared_per_block_bytes}"
+            )
 
     def _require_written(self, launch: Launch) -> None:
         for buffer in launch.memory.buffers:

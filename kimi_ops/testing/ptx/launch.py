@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,6 +154,13 @@ class Launch:
                 raise LaunchError(f"{what} has {param.size} bytes, got {len(value)}")
             return value
         scalar = param.type
+        if not isinstance(value, float):
+            try:
+                value = operator.index(value)
+            except TypeError:
+                raise LaunchError(f"{what}: a {type(value).__name__}") from None
+        elif scalar.kind in "us":
+            raise LaunchError(f"{what}: a float for a parameter of type .{scalar.name}")
         if scalar.kind == "f" or isinstance(value, float):
             if param.size not in (4, 8):
                 raise LaunchError(f"{what}: a float for a parameter of {param.size} bytes")

@@ -31,8 +31,9 @@ from kimi_ops.testing.ptx.wgmma import GROUP, Warpgroups, is_mma
 if TYPE_CHECKING:
     from kimi_ops.testing.ptx.launch import Launch
 
-# A group that jumps back this often while others could run lets them go first: it may be waiting
-# for them.
+# Where a group of a lot could run while others jump back this often, these let it go first: they
+# may be waiting for it. Counted by lot, since a loop that waits may itself hold barriers (Triton
+# shares what its one thread read of a lock so) or lose a turn to another lot at every block.
 _PATIENCE = 200
 # Up to so many lanes a run as one costs less; beyond, a call into numpy is no longer what takes the
 # time, and the copies of a run do (measured: even at 1,024, 15% slower at 2,048).
@@ -117,6 +118,9 @@ class Machine:
         self.ready: dict[tuple[int, int], Array] = {}
         self.parked: dict[tuple[int, int], tuple[Array, str, Array]] = {}
         self._impatience: dict[tuple[int, int], int] = {}
+        # Jumps back per lot, and how many of them there were when a group became ready.
+        self._jumps: dict[int, int] = {}
+        self._since: dict[tuple[int, int], int] = {}
         self.lot_of_warp = np.zeros(ctas * self.warps, np.int64)
         self.steps_left = 0
         # Blocks and control steps done, and that number when parked groups last looked again.
@@ -175,7 +179,24 @@ class Machine:
     def _enter(self, key: tuple[int, int], mask: Array) -> None:
         if key in self.parked:
             mask = mask | self.parked.pop(key)[0]
-        self.ready[key] = self.ready[key] | mask if key in self.ready else mask
+        if key in self.ready:
+            self.ready[key] = self.ready[key] | mask
+        else:
+            self.ready[key] = mask
+            self._since[key] = self._jumps.get(key[0], 0)
+
+    def _jump_back(self, key: tuple[int, int]) -> bool:
+        """A group goes back to a place; whether it now lets another of its lot go first."""
+        lot = key[0]
+        jumps = self._jumps[lot] = self._jumps.get(lot, 0) + 1
+        starves = any(
+            jumps - self._since[other] > _PATIENCE
+            for other in self.ready
+            if other[0] == lot and other != key
+        )
+        if starves:
+            self._impatience[key] = self._impatience.get(key, 0) + 1
+        return starves
 
     def _pick(self) -> tuple[int, int]:
         order = self.launch.flow.order
@@ -215,6 +236,7 @@ class Machine:
         self.async_units.reset()
         self.recorder.begin()
         self.ready, self.parked, self._impatience = {}, {}, {}
+        self._jumps, self._since = {}, {}
         if launch.random is not None:
             self.lot_of_warp = launch.random.integers(0, 3, self.ctas * self.warps)
         self.enter(0, self.live.copy())
@@ -257,7 +279,6 @@ class Machine:
         active = self._active(mask)
         order, entries = self.launch.flow.order, self.launch.entries
         fuses = self.launch.fusion is not None and self.lanes <= _FUSED_LANES
-        back = 0
         while True:
             self.steps_left -= 1
             if self.steps_left < 0:
@@ -291,18 +312,14 @@ class Machine:
                 groups = self._control_step(end, lot, active)
             if len(groups) == 1 and groups[0][1] is None:
                 following = groups[0][0]
-                back += following <= place
                 alone = not self.ready and not self.parked
                 if alone and following < len(order) and self.launch.random is None:
                     place = following
                     continue
                 self.enter(following, active.mask)
-                if back > _PATIENCE and len(self.ready) > 1:
-                    self._impatience[(lot, following)] = (
-                        self._impatience.get((lot, following), 0) + 1
-                    )
-                    return
                 following_key = (lot, following)
+                if following <= place and self._jump_back(following_key):
+                    return
                 if following_key in self.ready and self._pick() == following_key:
                     active = self._active(self.ready.pop(following_key))
                     place = following
@@ -310,6 +327,8 @@ class Machine:
                 return
             for following, part in groups:
                 self.enter(following, active.mask if part is None else part)
+                if following <= place:
+                    self._jump_back((lot, following))
             return
 
     def _control_step(self, index: int, lot: int, active: Active) -> list[tuple[int, Array | None]]:

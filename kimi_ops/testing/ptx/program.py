@@ -124,6 +124,10 @@ class _Linker:
         if len(targets) != 1 or targets[0].name not in self.module.functions:
             raise UnsupportedPtx("indirect call", where)
         callee = self.module.functions[targets[0].name]
+        if callee.name == "__assertfail" and not callee.defined:
+            # What CUDA C++ makes of a failed `assert`.
+            self.program.code.append(replace(instruction, opcode="trap", operands=()))
+            return
         if not callee.defined:
             raise UnsupportedPtx(f"call of the external function {callee.name}", where)
         if callee.name in stack:

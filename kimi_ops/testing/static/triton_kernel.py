@@ -50,9 +50,9 @@ def _parameters(kernel: Any) -> list[Any]:
     """The kernel's parameters; raises TypeError for what is no JIT function."""
     if not hasattr(kernel, "params") or not hasattr(kernel, "arg_names"):
         raise TypeError(f"not a Triton kernel: {kernel!r} (a function under @triton.jit is meant)")
-    if type(kernel).__name__ != "JITFunction":
+    if type(kernel).__name__ not in ("JITFunction", "GluonJITFunction"):
         raise TypeError(
-            f"{kernel!r} is a {type(kernel).__name__}: a plain @triton.jit function is meant, "
+            f"{kernel!r} is a {type(kernel).__name__}: a function under @triton.jit is meant, "
             "decorated while TRITON_INTERPRET is not set"
         )
     return list(kernel.params)
@@ -141,8 +141,10 @@ def _source(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, 
             raise ValueError(
                 f"{kernel.__name__}: {name}: {signature[name]!r} must end in :16 or :1"
             )
-    compiler = importlib.import_module("triton.compiler")
-    return compiler.ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    source_of = importlib.import_module("triton.compiler").ASTSource
+    if kernel.is_gluon():
+        source_of = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    return source_of(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
 
 
 def compile_triton(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -20,7 +22,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, KernelParam, TensorWrapper, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kimi_ops._dispatch import simulated
+from kimi_ops._backends import simulated
 from kimi_ops.testing.triton_interpreter import language
 from kimi_ops.testing.triton_interpreter.arithmetic import handle
 from kimi_ops.testing.triton_interpreter.builder import Builder, refuse_unreviewed
@@ -28,6 +30,10 @@ from kimi_ops.testing.triton_interpreter.faults import FAULTS, Report, Unsupport
 from kimi_ops.testing.triton_interpreter.machine import Machine
 from kimi_ops.testing.triton_interpreter.memory import is_plain
 from kimi_ops.testing.triton_interpreter.rewrite import CARRY, LOGIC, NOT, RANGE, rewrite
+
+# Patched parts of Triton must not be there when Gluon's language copies them at its first import.
+if importlib.util.find_spec("triton.experimental.gluon") is not None:
+    importlib.import_module("triton.experimental.gluon.language")
 
 MAX_GRID = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, "Technical Specifications"
 _OPTIONS = {f.name for options in (CUDAOptions, HIPOptions) for f in fields(options)}
