@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from ptx_text import HEADER, kernel_text, run
@@ -533,3 +534,44 @@ def test_counts_of_instructions_barriers_and_lines():
     assert report.total.barriers == 6
     assert report.ctas == 3
     assert next(file for file, line in report.lines if line == 5) == "kernel.py"
+
+
+def test_arguments_that_are_no_numbers_of_their_type():
+    kernel = Kernel(kernel_text("", 0, 1))
+    kernel.launch((1,), (1,), [np.int32(3)])
+    with pytest.raises(LaunchError, match="argument 0 of k: a str"):
+        kernel.launch((1,), (1,), ["3"])
+    with pytest.raises(LaunchError, match=r"argument 0 of k: a float for a parameter of type .u32"):
+        kernel.launch((1,), (1,), [3.5])
+
+
+def test_more_shared_memory_than_a_gpu_has():
+    text = kernel_text("", 0)
+    for target, most in (("sm_80", 163), ("sm_90a", 227), ("sm_120", 99)):
+        kernel = Kernel(text.replace("sm_80", target))
+        kernel.launch((1,), (1,), [], dynamic_shared_bytes=most << 10)
+        with pytest.raises(LaunchError, match=f"a CTA of {target} has {most << 10}"):
+            kernel.launch((1,), (1,), [], dynamic_shared_bytes=(most << 10) + 1)
+    kernel = Kernel(text.replace("sm_80", "sm_75"))
+    kernel.launch((1,), (1,), [], dynamic_shared_bytes=48 << 10)
+    with pytest.raises(LaunchError, match="the shared memory of sm_75 is not known"):
+        kernel.launch((1,), (1,), [], dynamic_shared_bytes=49 << 10)
+
+
+def test_an_instruction_that_is_too_short_is_named():
+    with pytest.raises(UnsupportedPtx, match=r"only 2 operands\n  at PTX line \d+: add.s32"):
+        run("add.s32 %r1, %r0;")
+
+
+def test_the_other_access_of_a_race_has_its_source_line():
+    body = """
+.loc 1 7 0
+setp.lt.u32 %p1, %r0, 32;
+@%p1 st.shared.b32 [s], 5;
+.loc 1 9 0
+ld.shared.b32 %r1, [s];"""
+    declarations = '.file 1 "/a/b.cu"\n.shared .b32 s;'
+    kernel = Kernel(kernel_text(body, 0, 0, declarations))
+    kernel.launch((1,), (32,), [])
+    with pytest.raises(Race, match=r"by warp 0 at PTX line \d+ \(b.cu:7\)\n  at k, b.cu:9, "):
+        kernel.launch((1,), (64,), [])

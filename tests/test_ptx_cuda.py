@@ -9,7 +9,7 @@ import struct
 import pytest
 import torch
 
-from kimi_ops.testing.ptx import Checks, Kernel, MissingWait, Race, Uninitialised
+from kimi_ops.testing.ptx import Checks, Kernel, MissingWait, PtxError, Race, Uninitialised
 
 nvrtc = pytest.importorskip(
     "cuda.bindings.nvrtc",
@@ -185,3 +185,16 @@ def test_checks_can_be_left_out():
     x, out = torch.ones(128, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     Kernel(text).launch((1,), (128,), [x, out, 128], checks=Checks(shared_races=False))
     assert out == 128
+
+
+def test_a_failed_assertion_is_reported_at_its_line():
+    source = """
+extern "C" __global__ void k(const int* x, int n) {
+
+  if (x[threadIdx.x] >= n) __assertfail("x < n", "kernel.cu", 4, "k", 1);
+}
+"""
+    text = compiled(source, "80")
+    Kernel(text).launch((1,), (32,), [torch.arange(32, dtype=torch.int32), 32])
+    with pytest.raises(PtxError, match=r"trap executed\n  at k, kernel.cu:4, .* warp 0, lane 30"):
+        Kernel(text).launch((1,), (32,), [torch.arange(32, dtype=torch.int32), 30])

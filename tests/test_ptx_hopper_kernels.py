@@ -175,11 +175,11 @@ GEMM_BUGS = {
     "accumulator changed behind the fence": (
         'SYNC("wgmma.fence.sync.aligned;");',
         'SYNC("wgmma.fence.sync.aligned;"); asm volatile("mov.b32 %0, 0;" : "=f"(c[3]));',
-        MissingFence, r"accessed at PTX line \d+, is used without a wgmma\.fence",
+        MissingFence, r"accessed at PTX line \d+ .*, is used without a wgmma\.fence",
     ),
     "no commit": (
         'SYNC("wgmma.commit_group.sync.aligned;");', "", Race,
-        r"write, while the asynchronous read issued at PTX line \d+ \(wgmma\.mma_async",
+        r"write, while the asynchronous read issued at PTX line \d+ .* \(wgmma\.mma_async",
     ),
     "last wait leaves one": (
         'SYNC("wgmma.wait_group.sync.aligned 0;");', 'SYNC("wgmma.wait_group.sync.aligned 1;");',
