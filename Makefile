@@ -21,9 +21,10 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc
 demo: venv
 	$(BIN)/python examples/demo.py
 
-# ARGS="--full" runs the full grid, ARGS="tests/test_mla_decode.py" one file.
+# ARGS="--full" runs the full grid, ARGS="tests/test_mla_decode.py" one file. One process per core,
+# each with one thread: most of the time goes into emulated kernels, which have no other use for two.
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: venv
 	$(BIN)/ruff format --check .

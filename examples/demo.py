@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kimi_ops import op_names
-from kimi_ops._dispatch import BACKENDS, get_op, has_kernel
+from kimi_ops._backends import BACKENDS, has_kernel
+from kimi_ops._dispatch import get_op
 from kimi_ops.model import KimiK25
 from kimi_ops.model.conversation import PromptBuilder, answer
 from kimi_ops.model.generate import Sampling

@@ -7,6 +7,7 @@ import importlib
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,7 @@ from kimi_ops.testing import cases
 from kimi_ops.testing.ways import WAYS, ways_of, with_way
 
 _WAYS = {way.name: way for way in WAYS}
-# Tests that run a kernel without a GPU: node id -> way. What was left out for size: way -> cases.
-_SIMULATED = pytest.StashKey[dict[str, str]]()
+# What was left out for size: way -> number of cases.
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_SIMULATED], config.stash[_LEFT_OUT] = {}, Counter()
+    config.stash[_LEFT_OUT] = Counter()
     for item in config.getoption("--backend-module"):
         op, _, module = item.partition("=")
         kimi_ops.register_backend(op, "mine", importlib.import_module(module))
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
         way, case = _WAYS.get(params.get("backend")), params.get("case")
         if way is not None:
-            config.stash[_SIMULATED][item.nodeid] = way.name
+            item.user_properties.append(("way", way.name))
             if case is not None and not full:
                 if id(case) not in work:
                     work[id(case)] = case.work
@@ -84,15 +84,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under xdist the processes that run tests tell the one that prints what they left out."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash[_LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every process collects all tests, so each of them has the whole count."""
+    node.config.stash[_LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """How many tests each way of running without a GPU had, and what was left out for size."""
-    way_of, left_out = config.stash[_SIMULATED], config.stash[_LEFT_OUT]
+    left_out = config.stash[_LEFT_OUT]
     ran: dict[str, Counter[str]] = {}
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            way = way_of.get(getattr(report, "nodeid", ""))
+            way = dict(getattr(report, "user_properties", ())).get("way")
             if way is not None:
                 ran.setdefault(way, Counter())[outcome] += 1
     names = [name for name in _WAYS if name in ran or left_out[name]]

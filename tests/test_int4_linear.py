@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
 import kimi_ops
+from kimi_ops.kernels import int4_linear as kernels
 from kimi_ops.quant import int4
 from kimi_ops.reference.int4_linear import int4_linear
 from kimi_ops.testing import cases, check_op
+from kimi_ops.testing.runner import emulated
 
 OP = "int4_linear"
 
@@ -50,3 +53,15 @@ def test_extreme_rows_are_exact(backend):
     assert torch.equal(y, exact.bfloat16())
     assert y[:, 2].eq(0).all()
     assert y[0, :2].tolist() == [-8 * 128, 7 * 128]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_weights_are_read_once_in_whole_sectors(rows):
+    packed, scale = int4.quantize(torch.randn(64, 512).bfloat16())
+    y = torch.empty(rows, 64).bfloat16()
+    with emulated(arch=80) as run:
+        kernels.launch(y, torch.randn(rows, 512).bfloat16(), packed, scale)
+    (_, _), (_, report) = run.launches
+    weights = packed.nbytes + scale.nbytes
+    assert weights <= report.unique_read_bytes <= weights + rows * (512 * 2 + 16 * 4) + 32
+    assert report.total.global_sectors <= 1.1 * report.total.global_sectors_ideal

@@ -65,3 +65,20 @@ def test_groups_keep_the_best_pair_sums():
     score = torch.tensor([[0.8, 0.7, 0.9, 0.1]], dtype=torch.float64)
     _, ids = moe_select(score.logit(), torch.zeros(4), 1, n_group=2, topk_group=1)
     assert ids.tolist() == [[0]]
+
+
+def test_values_that_round_to_one_key_keep_their_order(backend):
+    # One unit in the last place apart: a kernel that compares fewer bits must notice.
+    bias = torch.full((40,), -100.0)
+    bias[[3, 9, 21, 30]] = torch.tensor([1.0, 1 + 2**-23, 1 + 2**-22, 1.0])
+    with kimi_ops.use_backend(moe_select=backend):
+        _, ids = kimi_ops.moe_select(torch.full((1, 40), -104.0), bias, 4)
+    assert ids.tolist() == [[21, 9, 3, 30]]
+
+
+def test_infinite_biases(backend):
+    bias = torch.zeros(12)
+    bias[[2, 7]], bias[[0, 1]] = torch.inf, -torch.inf
+    with kimi_ops.use_backend(moe_select=backend):
+        _, ids = kimi_ops.moe_select(torch.arange(12.0)[None], bias, 12)
+    assert ids.tolist() == [[2, 7, 11, 10, 9, 8, 6, 5, 4, 3, 0, 1]]

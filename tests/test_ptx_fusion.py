@@ -245,23 +245,37 @@ def test_a_bug_in_a_run_of_loads(place, bad, before, error):
 
 
 @pytest.mark.parametrize("place", range(4))
-@pytest.mark.parametrize("kind", ["st.shared", "cp.async", "ld.global", "st.global", "ldmatrix"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "st.shared",
+        "cp.async",
+        "ld.global",
+        "st.global",
+        "ldmatrix.x4",
+        "ldmatrix.x2",
+        "ldmatrix.x1",
+    ],
+)
 def test_a_bug_in_a_run_of_other_accesses(kind, place):
     lines = {
         "st.shared": "st.shared.b32 [%r30+{0}], %r1;",
         "cp.async": "cp.async.ca.shared.global [%r30+{0}], [%d5+{0}], 4;",
         "ld.global": "ld.global.b32 %r1{1}, [%d5+{0}];",
         "st.global": "st.global.b32 [%d5+{0}], %r1;",
-        "ldmatrix": "ldmatrix.sync.aligned.m8n8.x4.shared.b16 "
+        "ldmatrix.x4": "ldmatrix.sync.aligned.m8n8.x4.shared.b16 "
         "{{%r1{1}, %r2, %r3, %r4}}, [%r30+{2}];",
+        "ldmatrix.x2": "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {{%r1{1}, %r2}}, [%r30+{2}];",
+        "ldmatrix.x1": "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r1{1}}}, [%r30+{2}];",
     }[kind]
-    step = 512 if kind == "ldmatrix" else 4
+    matrix = kind.startswith("ldmatrix")
+    step = 512 if matrix else 4
     body = _SHARED.replace("shl.b32 %r30, %r0, 4;", "and.b32 %r29, %r0, 31; shl.b32 %r30, %r29, 4;")
-    body = body if kind == "ldmatrix" else _SHARED
+    body = body if matrix else _SHARED
     for bad in (None, place):
         offsets = [step * i + (4096 if i == bad else 0) for i in range(4)]
         run = "\n".join(lines.format(o, i, o) for i, o in enumerate(offsets))
-        fill = _FILL if kind != "ldmatrix" else (
+        fill = _FILL if not matrix else (
             "shl.b32 %r28, %r0, 4; add.s32 %r28, %r28, %r31; st.shared.v4.b32 [%r28], "
             "{%r1, %r2, %r3, %r4}; bar.sync 0;"
         )  # fmt: skip

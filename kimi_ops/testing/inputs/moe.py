@@ -174,7 +174,7 @@ for _op, _build in (("moe_route", moe_route), ("moe_select", moe_select)):
     add(_op, "bf16-kimi-1", _build, tokens=1, **_KIMI)
     add(_op, "bf16-kimi-17", _build, tokens=17, **_KIMI)
     add(_op, "bf16-kimi-256", _build, tokens=256, **_KIMI, full=True)
-    add(_op, "bf16-257", _build, tokens=257, d=64, experts=48, top_k=6)
+    add(_op, "bf16-257", _build, tokens=257, d=64, experts=48, top_k=6, work=1 << 20)
     add(_op, "bf16-none", _build, tokens=0, d=64, experts=16, top_k=2)
     add(_op, "bf16-all", _build, tokens=5, d=64, experts=8, top_k=8)
     add(_op, "bf16-one-expert", _build, tokens=5, d=64, experts=1, top_k=1)
@@ -196,7 +196,8 @@ for _routing in ("uniform", "skewed", "one-expert", "foreign"):
         routing=_routing)  # fmt: skip
 add("moe_sort", "none", moe_sort, tokens=0, experts=8, top_k=2)
 add("moe_sort", "one", moe_sort, tokens=1, experts=384, top_k=8)
-add("moe_sort", "kimi-1025", moe_sort, tokens=1025, experts=384, top_k=8, routing="skewed")
+add("moe_sort", "kimi-1025", moe_sort, tokens=1025, experts=384, top_k=8, routing="skewed",
+    work=1 << 21)  # fmt: skip
 add("moe_sort", "empty-range", moe_sort, tokens=5, experts=8, top_k=2, expert_range=(3, 3))
 
 _E = moe_experts_int4

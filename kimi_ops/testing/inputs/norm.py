@@ -66,4 +66,5 @@ for _build in (rms_norm, add_rms_norm, silu_mul):
             _label = f"{_name}-{_special}"
             add(_op, _label, _build, shape=(8, 1536), dtype=_dtype, special=_special)
     add(_op, "bf16-no-rows", _build, shape=(0, 512), dtype=torch.bfloat16)
-    add(_op, "bf16-many-rows", _build, shape=(4099, 64), dtype=torch.bfloat16)
+    add(_op, "bf16-many-rows", _build, shape=(4099, 64), dtype=torch.bfloat16,
+        work=1 << 21)  # fmt: skip

@@ -83,6 +83,9 @@ class Site:
         # Whether its accesses of global memory are a bulk copy's, all of one lane.
         self.bulk = "bulk" in ins.parts
 
+    def per_access(self, count: int) -> None:
+        """Says how many lanes an instruction accesses with: of interest to a run's site only."""
+
     def fail(self, kind: type[PtxError], message: str, lane: int) -> PtxError:
         """A report about one lane of the batch; other accesses that it names get source lines."""
         located = _OTHER.sub(self._located, message)

@@ -57,6 +57,8 @@ TYPES: dict[str, ScalarType] = {
         _type("f16x2", 4, "x", np.uint32),
         _type("bf16x2", 4, "x", np.uint32),
         _type("f32x2", 8, "x", np.uint64),
+        _type("e4m3x2", 2, "x", np.uint16),
+        _type("e5m2x2", 2, "x", np.uint16),
     )
 }
 BITS: dict[int, np.dtype[Any]] = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}

@@ -29,6 +29,7 @@ FAMILIES = (
     "floating",
     "compare",
     "conversion",
+    "conversion_fp8",
     "data",
     "atomics",
     "warp",

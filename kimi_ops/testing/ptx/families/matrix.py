@@ -185,6 +185,8 @@ def ldmatrix(b: Binder) -> Step:
         _all_lanes(b, active)
         where = addresses(active).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
         rows = _row_lanes(active, count)
+        # One or two matrices take their addresses from some of the lanes only.
+        b.site.per_access(len(rows))
         if runs > 1:
             rows = np.tile(rows, runs)
         values = shared.read(b.site, rows, where, 4, 4)

@@ -1,0 +1,133 @@
+"""The complete model on the Triton kernels alone, interpreted and as PTX: a picture, a clip, text,
+cached steps; and what a decoder layer launches."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kimi_ops
+from kimi_ops.kernels._target import targeting
+from kimi_ops.model.kimi import KimiK25
+from kimi_ops.model.make_checkpoint import make_checkpoint, tiny_config
+from kimi_ops.testing.oracle import assert_close_to_oracle
+from kimi_ops.testing.runner import emulated, target_of
+from kimi_ops.testing.triton_interpreter import interpreted
+
+GRID = torch.tensor([[1, 4, 6], [2, 2, 4]])
+STEPS = 2
+# What the kernels' names begin with. No part of the model has a dense int4 layer, a prompt in one
+# part has nothing to merge, and the router and the experts select and sort for themselves.
+STEMS = (
+    "add_rms_norm",
+    "mla_absorb_query",
+    "mla_decode",
+    "mla_latent_write",
+    "mla_project_value",
+    "moe_experts_int4",
+    "moe_route",
+    "packed_attention",  # of mla_prefill and vision_attention
+    "patch_merge",
+    "rms_norm",
+    "silu_mul",
+    "vision_pos_embed",
+    "vision_rope",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("triton") / "checkpoint"
+    make_checkpoint(folder, tiny_config(), dtype=torch.bfloat16, seed=5)
+    return folder
+
+
+def _logits(model, ids, pixels):
+    """Logits of the last prompt token and of STEPS cached steps, ``[1 + STEPS, vocab]``."""
+    media = model.encode_media(pixels, GRID)
+    cache = model.new_cache(num_pages=8, page_size=7)
+    sequence = cache.add_sequence()
+    step = cache.extend([sequence], [len(ids)])
+    hidden = model.hidden_states(model.embed(ids, media), step, cache)
+    found = [model.language.logits(hidden[-1:])]
+    for token in range(STEPS):
+        x = model.language.embed(torch.tensor([11 + token]))
+        step = cache.extend([sequence], [1])
+        found.append(model.language.logits(model.hidden_states(x, step, cache)))
+    return torch.cat(found)
+
+
+@contextlib.contextmanager
+def _way(arch):
+    """Interpreted, or as PTX for an architecture; gives a function that names what was launched."""
+    if arch is None:
+        with targeting(target_of(80)), interpreted(seed=3) as report:
+            yield lambda: {launch.kernel for launch in report.launches}
+    else:
+        with emulated(arch=arch) as emulation:
+            yield lambda: {name for name, _ in emulation.launches}
+
+
+@pytest.mark.parametrize("arch", [None, 80, 90], ids=["interpreted", "sm_80", "sm_90"])
+@torch.no_grad()
+def test_model_runs_on_triton_kernels_alone(folder, arch):
+    model = KimiK25.from_pretrained(folder)
+    pieces = [torch.arange(5, 14), torch.arange(20, 23)]
+    for _, h, w in GRID.tolist():
+        media = torch.full((h * w // 4,), model.config.media_placeholder_token_id)
+        pieces.insert(-1, media)
+    ids = torch.cat(pieces)
+    patch = model.config.vision_config.patch_size
+    pixels = torch.rand(int(GRID.prod(1).sum()), 3, patch, patch) * 2 - 1
+
+    baseline = _logits(model, ids, pixels)
+    with _way(arch) as launched, kimi_ops.use_backend("triton"):
+        actual = _logits(model, ids, pixels)
+    # In float32 the model's error is a thousandth of bfloat16's: exact enough to measure that.
+    oracle = _logits(KimiK25.from_pretrained(folder, dtype=torch.float32), ids, pixels).double()
+    assert baseline.std() > 0.1  # weights that make a difference
+    assert_close_to_oracle("logits", actual, baseline, oracle)
+    found = launched()
+    assert all(any(name.startswith(stem) for name in found) for stem in STEMS), found
+
+
+class _Recorder(TorchDispatchMode):
+    """Names of the operators that torch is asked for, views and allocations left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in str(function):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_moe_layer_at_decode_is_eleven_kernels_and_three_matrix_products(tmp_path):
+    layers = 3  # the first one dense
+    make_checkpoint(tmp_path / "c", tiny_config(text={"num_hidden_layers": layers}), seed=5)
+    model = KimiK25.from_pretrained(tmp_path / "c")
+    cache = model.new_cache(num_pages=4, page_size=7)
+    sequence = cache.add_sequence()
+    model.hidden_states(model.embed(torch.arange(9)), cache.extend([sequence], [9]), cache)
+
+    x, recorder = model.language.embed(torch.tensor([11])), _Recorder()
+    step = cache.extend([sequence], [1])
+    with targeting(target_of(80)), interpreted(seed=3) as report, kimi_ops.use_backend("triton"):
+        model.hidden_states(x, step, cache)
+    with recorder:
+        model.hidden_states(x, step, cache)
+    kernels = [launch.kernel for launch in report.launches]
+    routed = [n for n, name in enumerate(kernels) if name.startswith("moe_route")]
+    assert len(routed) == layers - 1
+    # From router to router. A long context adds one: decode's splits are then combined.
+    assert routed[1] - routed[0] == 11, kernels
+    others = [name for name in recorder.names if not name.startswith("kimi_ops.")]
+    assert set(others) == {"aten.mm.default"}  # nothing copies, casts, concatenates or fills
+    dense = 2  # the first layer's gate and up in one, and down
+    assert len(others) == 3 * layers + dense
