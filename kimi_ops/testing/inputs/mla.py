@@ -202,9 +202,11 @@ add("mla_absorb_query", "bf16-1x64", mla_absorb_query, tokens=1, heads=64)
 add("mla_absorb_query", "bf16-17x3", mla_absorb_query, tokens=17, heads=3)
 add("mla_absorb_query", "bf16-small", mla_absorb_query, tokens=5, heads=4, widths=(16, 8, 32))
 add("mla_absorb_query", "bf16-65x64", mla_absorb_query, tokens=65, heads=64, full=True)
-add("mla_decode", "bf16-h64", mla_decode, lengths=(1025, 64), heads=64)
+add("mla_decode", "bf16-h64", mla_decode, lengths=(1025, 64), heads=64,
+    work=1 << 18)  # fmt: skip
 add("mla_decode", "bf16-h1", mla_decode, lengths=(63,), heads=1)
-add("mla_decode", "bf16-h16-s4", mla_decode, lengths=(200, 4, 3, 2, 0), heads=16, new=4)
+add("mla_decode", "bf16-h16-s4", mla_decode, lengths=(200, 4, 3, 2, 0), heads=16, new=4,
+    work=1 << 17)  # fmt: skip
 add("mla_decode", "bf16-h32-s2-page-16", mla_decode, lengths=(129, 17), heads=32, new=2, page=16)
 add("mla_decode", "bf16-h5-page-1", mla_decode, lengths=(33, 2), heads=5, page=1)
 add("mla_decode", "bf16-h8-page-7-s16", mla_decode, lengths=(50, 16), heads=8, page=7, new=16)
