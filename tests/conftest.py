@@ -57,8 +57,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases(op, full=full), ids=str)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the cases that are too large for a slow way, and counts them for the summary."""
+    """Leaves out the cases that are too large for a slow way, and counts them for the summary.
+
+    Last, so that what ``-k`` has taken away does not count.
+    """
     full = config.getoption("--full")
     work: dict[int, int] = {}
     kept, left_out = [], []
