@@ -17,7 +17,6 @@ instructions per weight with it and 3.4 without (AMD, the interpreter).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -71,12 +70,8 @@ SCALED_FP16 = tl.constexpr(_SPLIT.format(magic="0x64006400", then=_SCALE.format(
 
 def takes_assembly(device: torch.device) -> bool:
     """Whether the launch is for NVIDIA's assembly, which an interpreter refuses."""
-    if _target.target(device).vendor != "cuda" or not isinstance(
-        planes, triton.runtime.JITFunction
-    ):
-        return False
-    interpreter = sys.modules.get("kimi_ops.testing.triton_interpreter.execution")
-    return interpreter is None or not interpreter._active
+    compiled = isinstance(planes, triton.runtime.JITFunction) and not _target.runs_in_python()
+    return compiled and _target.target(device).vendor == "cuda"
 
 
 def _row_refusal(name: str, packed: Tensor, scale: Tensor) -> str | None:

@@ -34,6 +34,7 @@ class Target:
 
 
 _TARGET: ContextVar[Target | None] = ContextVar("kimi_ops_target", default=None)
+_IN_PYTHON: ContextVar[bool] = ContextVar("kimi_ops_in_python", default=False)
 
 
 @functools.cache
@@ -74,3 +75,18 @@ def targeting(chosen: Target) -> Iterator[None]:
 def is_named() -> bool:
     """Whether a `targeting` block is in force."""
     return _TARGET.get() is not None
+
+
+@contextlib.contextmanager
+def in_python() -> Iterator[None]:
+    """Says within a ``with`` block that kernels run in an interpreter, which has no assembly."""
+    token = _IN_PYTHON.set(True)
+    try:
+        yield
+    finally:
+        _IN_PYTHON.reset(token)
+
+
+def runs_in_python() -> bool:
+    """Whether an `in_python` block is in force."""
+    return _IN_PYTHON.get()
