@@ -39,7 +39,11 @@ class Case:
 
     @property
     def work(self) -> int:
-        """What a slow way of running a kernel has to do: elements read, or multiply-adds / 64."""
+        """How slow a kernel is to interpret or emulate: elements of the arguments, unless declared.
+
+        Declared where elements mislead (padding that no kernel reads, a table of which it reads
+        little, work that grows faster), so that each way has cases of K2.5's own widths.
+        """
         if self.declared_work is not None:
             return self.declared_work
         return sum(arg.numel() for arg in self.args() if isinstance(arg, torch.Tensor))

@@ -90,10 +90,13 @@ def patch_merge(
 
 _MIXED: Grids = ((1, 2, 4), (3, 4, 2), (1, 6, 10), (4, 2, 2), (2, 8, 4))
 for _dtype, _name in DTYPE_NAMES.items():
+    add("vision_pos_embed", f"{_name}-mixed", vision_pos_embed, grids=_MIXED, dtype=_dtype,
+        work=1 << 20)  # fmt: skip
     # The work is in sixteen taps a patch, not in the elements of the table.
-    add("vision_pos_embed", f"{_name}-mixed", vision_pos_embed, grids=_MIXED, d=136, dtype=_dtype,
+    add("vision_pos_embed", f"{_name}-narrow", vision_pos_embed, grids=_MIXED, d=136, dtype=_dtype,
         work=1 << 18)  # fmt: skip
-    add("vision_rope", f"{_name}-mixed", vision_rope, grids=_MIXED, heads=5, dtype=_dtype)
+    add("vision_rope", f"{_name}-mixed", vision_rope, grids=_MIXED, dtype=_dtype)
+    add("vision_rope", f"{_name}-heads-5", vision_rope, grids=_MIXED, heads=5, dtype=_dtype)
     add("vision_attention", f"{_name}-mixed", vision_attention, lengths=(8, 24, 65, 0, 16),
         dtype=_dtype)  # fmt: skip
     add("patch_merge", f"{_name}-mixed", patch_merge, grids=_MIXED, dtype=_dtype)
@@ -118,7 +121,9 @@ add("vision_attention", "bf16-large-scores", vision_attention, lengths=(130,), l
 add("vision_attention", "bf16-head-64", vision_attention, lengths=(127, 129), head_dim=64)
 add("vision_attention", "bf16-1656", vision_attention, lengths=(1656,), heads=16, full=True)
 add("vision_attention", "bf16-300", vision_attention, lengths=(257, 300), heads=1, slack=40)
-add("patch_merge", "fp32-long-clip", patch_merge, grids=((8, 12, 12),), d=128, dtype=torch.float32)
+add("patch_merge", "fp32-long-clip", patch_merge, grids=((8, 24, 24),), d=128, dtype=torch.float32,
+    work=1 << 20)  # fmt: skip
+add("patch_merge", "fp32-clip", patch_merge, grids=((8, 12, 12),), d=128, dtype=torch.float32)
 add("patch_merge", "bf16-extra", patch_merge, grids=((1, 4, 4),), extra=5)
 add("patch_merge", "bf16-strided", patch_merge, grids=((2, 4, 4), (1, 2, 2)), wide=True)
 add("patch_merge", "bf16-small", patch_merge, grids=((3, 4, 6), (1, 2, 2)), d=40)
