@@ -79,7 +79,6 @@ class Site:
         self.traffic = Traffic()
         self.sectors = Sectors()
         self.wavefronts = Wavefronts()
-        self.acquires = self.releases = False
         # Whether its accesses of global memory are a bulk copy's, all of one lane.
         self.bulk = "bulk" in ins.parts
 

@@ -50,7 +50,7 @@ class Launch:
         watched: registers that some path may read before it writes them.
         granule: bytes per race stamp in shared memory.
         shared_bytes, dynamic_bytes, local_bytes: per CTA, of them dynamic, per thread.
-        has_fences, has_mbarriers: whether the program has memory fences, mbarriers.
+        has_mbarriers: whether the program has any.
         random: None, or the generator of the schedule.
         step_limit: blocks a batch may run.
     """
@@ -87,11 +87,6 @@ class Launch:
         self.shared_bytes = max([*(self.addresses[v.name] for v in dynamic), start]) + dynamic_bytes
         self.local_bytes = self._place("local", "param")
         self._place_globals()
-        # Fences of proxies and of mbarriers order no atomics.
-        self.has_fences = any(
-            i.parts[0] in ("membar", "fence") and i.parts[1] not in ("proxy", "mbarrier_init")
-            for i in program.code
-        )
         self.has_mbarriers = any(i.parts[0] == "mbarrier" for i in program.code)
         self.granule = text.granules["shared"]
         self.memory.granule = text.granules["global"]
