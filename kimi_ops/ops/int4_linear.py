@@ -29,7 +29,8 @@ def int4_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """``y = x @ W^T`` with ``W[n, k] = (nibble[n, k] - 8) * scale[n, k // 32]`` (W4A16).
 
     Args:
-        x: ``[..., K]`` bfloat16, float16, float32 or float64.
+        x: ``[..., K]`` bfloat16, float16, float32 or float64. An infinity in a row gives
+            infinities or NaN in that row of the result.
         packed: ``[N, K/8]`` int32 in the layout of `kimi_ops.quant.int4`.
         scale: ``[N, K/32]`` bfloat16, float16 or float32.
 

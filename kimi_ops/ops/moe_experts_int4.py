@@ -70,7 +70,8 @@ def moe_experts_int4(
     of `kimi_ops.quant.int4`.
 
     Args:
-        x: ``[T, D]`` bfloat16, float16, float32 or float64; T = 0 allowed.
+        x: ``[T, D]`` bfloat16, float16, float32 or float64; T = 0 allowed. An infinity in a row
+            gives infinities or NaN in that token's result.
         gate_up_packed: ``[E, 2F, D/8]`` int32, the F gate rows of an expert first.
         gate_up_scale: ``[E, 2F, D/32]`` bfloat16, float16 or float32.
         down_packed: ``[E, D, F/8]`` int32.

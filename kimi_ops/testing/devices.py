@@ -2,7 +2,7 @@
 
 Sources, as numbers in the margin: [1] CUDA C++ Programming Guide 13.0, "Compute Capabilities",
 table "Technical Specifications per Compute Capability"; [2] ``cuda_occupancy.h`` of CUDA 13.0
-(allocation units, register files per SM); [3] PTX ISA 8.7, section 9.7.16.1 "Tensor Memory";
+(allocation units, register files per SM); [3] PTX ISA, "Tensor Memory";
 [4] AMD Instinct MI300 (CDNA3) Instruction Set Architecture guide; [5] LLVM "User Guide for AMDGPU
 Backend", gfx942.
 """

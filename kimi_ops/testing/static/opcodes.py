@@ -95,7 +95,7 @@ def classify(opcode: str, operands: str) -> str:
 def access(opcode: str, operands: str) -> Access | None:
     """What a SASS instruction moves between memory and registers, or None.
 
-    Widths are per thread. A matrix load (PTX ISA 8.7, "Warp-level matrix load instruction:
+    Widths are per thread. A matrix load (PTX ISA, "Warp-level matrix load instruction:
     ldmatrix") gives each thread 32 bits of each 8x8 matrix of 16-bit elements, and 64 bits of a
     16x16 one of bytes.
     """
