@@ -31,6 +31,7 @@ from kimi_ops._backends import (
 )
 from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops._check import Checks
+from kimi_ops._dlpack import takes_arrays
 
 _LIBRARY = torch.library.Library("kimi_ops", "DEF")
 _OPS: dict[str, Op] = {}
@@ -190,7 +191,8 @@ def _refusal(backend: Backend, args: tuple[Any, ...]) -> str | None:
 
 
 def define_op(schema: str, *, checks: Mapping[str, str], outputs: Callable[..., Any]) -> Any:
-    """Registers one op and returns its callable, `torch.ops.kimi_ops.<op>.default`.
+    """Registers one op and returns its callable, `torch.ops.kimi_ops.<op>.default`, which also
+    takes arrays of other libraries (`kimi_ops._dlpack`).
 
     Args:
         schema: in torch's notation; a written argument is marked ``Tensor(a!)``. Arguments are
@@ -204,7 +206,7 @@ def define_op(schema: str, *, checks: Mapping[str, str], outputs: Callable[..., 
     """
     op = Op(schema, checks, outputs)
     _OPS[op.name] = op
-    return op.overload
+    return takes_arrays(op.overload)
 
 
 def op_names() -> tuple[str, ...]:
