@@ -135,7 +135,7 @@ def test_both_languages_go_to_the_emulator_and_only_within_the_block(source):
     assert [name for name, _ in emulation.launches] == ["plain", "copy_kernel"]
     assert {report.target for _, report in emulation.launches} == {"sm_90a"}
     with pytest.raises(RuntimeError, match=r"within kimi_ops\.testing\.runner\.emulated\(\)"):
-        current_launcher()
+        current_launcher().launch(source, "plain", (1,), (32,), [x, y, 32])
 
 
 @triton.jit

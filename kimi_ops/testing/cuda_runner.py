@@ -7,6 +7,7 @@ place of the package's launcher of CUDA C++.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,8 @@ from kimi_ops.testing.ptx.written import Written
 from kimi_ops.testing.static.cuda_source import compile_cuda
 
 Argument = torch.Tensor | int | float | bytes | None
-_COMPILED: dict[tuple[object, ...], tuple[str, str]] = {}
+# Of a source, by the name of a kernel: the PTX that holds it, and its name there.
+_COMPILED: dict[tuple[object, ...], dict[str, tuple[str, str]]] = {}
 
 
 @lru_cache(maxsize=256)
@@ -62,18 +64,20 @@ def compile_kernel(
     key = (
         text,
         str(source) if isinstance(source, Path) else "",
-        name,
         str(arch),
         tuple(sorted((defines or {}).items())),
         tuple(options),
         _headers(folders),
     )
-    if key not in _COMPILED:
+    known = _COMPILED.setdefault(key, {})
+    if name not in known:
         binary = compile_cuda(
             source, arch, names=[name], defines=defines, options=options, include=include
         )
-        _COMPILED[key] = (binary.ptx, binary.names[name])
-    return parsed(*_COMPILED[key])
+        # All extern "C" kernels of the source are in it, whichever was asked for.
+        known.update({n: (binary.ptx, n) for n in re.findall(r"\.entry (\w+)", binary.ptx)})
+        known[name] = binary.ptx, binary.names[name]
+    return parsed(*known[name])
 
 
 def run_cuda(
@@ -152,8 +156,6 @@ class EmulatedLauncher:
         args: Sequence[Argument],
         *,
         shared_bytes: int = 0,
-        defines: Mapping[str, str | int] | None = None,
-        cooperative: bool = False,
     ) -> None:
         """One launch; errors as those of `run_cuda`."""
         report = run_cuda(
@@ -164,8 +166,6 @@ class EmulatedLauncher:
             args,
             arch=self._arch,
             shared_bytes=shared_bytes,
-            defines=defines,
-            cooperative=cooperative,
             written=self._written,
             checks=self._checks,
             seed=self._seed,

@@ -1,0 +1,53 @@
+// What the row norms share: where a strided row is, and the factor of its root mean square.
+#pragma once
+#include "reduce.cuh"
+#include "vec.cuh"
+
+// Row i starts i / inner * outer_stride + i % inner * inner_stride elements behind the first;
+// the elements of a row are `d_stride` apart. As kimi_ops/_strided_rows.py has it.
+struct Rows {
+  int64 inner, outer_stride, inner_stride, d_stride;
+
+  __device__ __forceinline__ int64 offset(int64 row) const {
+    return row / inner * outer_stride + row % inner * inner_stride;
+  }
+};
+
+// Nothing rounds after the factor in float32, and its error is one of the whole row to one side:
+// there sum and root are taken in double, and the factor in two parts.
+template <class T>
+struct Statistic {
+  using type = float;
+};
+template <>
+struct Statistic<float> {
+  using type = double;
+};
+
+template <class Sum, class T, int N>
+__device__ __forceinline__ Sum sum_of_squares(const Vec<T, N>& vec) {
+  Sum sum = 0;
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    const Sum x = to_float(vec.at[e]);
+    sum += x * x;
+  }
+  return sum;
+}
+
+struct Factor {
+  float high, low;  // low is 0 except in float32
+
+  __device__ __forceinline__ float times(float x) const { return fmaf(x, high, x * low); }
+};
+
+__device__ __forceinline__ Factor rms_factor(float squares, int columns, float eps) {
+  return {1.0f / sqrtf(squares / columns + eps), 0.0f};
+}
+__device__ __forceinline__ Factor rms_factor(double squares, int columns, float eps) {
+  const double factor = 1.0 / sqrt(squares / columns + eps);
+  const float high = static_cast<float>(factor);
+  // Of an infinite or NaN factor there is no lower part.
+  const float low = static_cast<float>(factor - high);
+  return {high, fabsf(low) <= fabsf(high) * 1e-6f ? low : 0.0f};
+}
