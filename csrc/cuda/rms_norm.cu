@@ -49,13 +49,7 @@ __device__ __forceinline__ void rms_norm(const T* x_gmem,       // [rows, D]
   T* y_row_gmem = y_gmem + row * columns;
   auto write = [&](int d, const Vec<T, N>& x) {
     const Vec<T, N> weight = load_vec<T, N>(weight_gmem + d * weight_stride);
-    Vec<T, N> y;
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      const float normal = rounded<T>(factor.times(to_float(x.at[e])));
-      y.at[e] = from_float<T>(to_float(weight.at[e]) * normal);
-    }
-    store_vec<T, N>(y_row_gmem + d, y);
+    store_vec<T, N>(y_row_gmem + d, normalised<T, N>(x, weight, factor));
   };
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {

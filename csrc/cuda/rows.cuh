@@ -51,3 +51,16 @@ __device__ __forceinline__ Factor rms_factor(double squares, int columns, float 
   const float low = static_cast<float>(factor - high);
   return {high, fabsf(low) <= fabsf(high) * 1e-6f ? low : 0.0f};
 }
+
+// round(x / rms) * weight, rounded: the two roundings that the model has.
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> normalised(const Vec<T, N>& x, const Vec<T, N>& weight,
+                                                Factor factor) {
+  Vec<T, N> y;
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    const float normal = rounded<T>(factor.times(to_float(x.at[e])));
+    y.at[e] = from_float<T>(to_float(weight.at[e]) * normal);
+  }
+  return y;
+}

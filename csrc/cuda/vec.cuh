@@ -58,3 +58,13 @@ template <class T, int N>
 __device__ __forceinline__ void store_vec(T* to_gmem, const Vec<T, N>& vec) {
   *reinterpret_cast<Vec<T, N>*>(to_gmem) = vec;
 }
+
+// Integers of torch's two widths; a launch says which.
+struct Integers {
+  const void* gmem;
+  int bytes;  // 4 or 8
+
+  __device__ __forceinline__ int64 operator[](int64 i) const {
+    return bytes == 8 ? static_cast<const int64*>(gmem)[i] : static_cast<const int*>(gmem)[i];
+  }
+};

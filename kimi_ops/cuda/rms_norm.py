@@ -6,18 +6,10 @@ from torch import Tensor
 
 from kimi_ops._strided_rows import or_packed
 from kimi_ops.cuda._launcher import launch_kernel
+from kimi_ops.cuda._rows import rows_of_block, warps_of_row
 from kimi_ops.cuda._support import ELEMENTS, is_aligned, refusal
 
 BATCH_INVARIANT = True  # warps of a row follow from its width alone
-
-# Vectors of a row up to -> warps that share it. Four vectors a thread stay in registers.
-_WARPS = {128: 1, 512: 4}
-_MOST_WARPS = 8
-
-
-def warps_of_row(vectors: int) -> int:
-    """How many warps share a row that is that many 16-byte vectors long."""
-    return next((warps for most, warps in _WARPS.items() if vectors <= most), _MOST_WARPS)
 
 
 def unsupported(x: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -30,12 +22,12 @@ def launch(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     x, rows = or_packed(x)
     columns, wide = x.shape[-1], 16 // x.element_size()
     vectors = columns % wide == 0 and is_aligned(x, weight)
-    warps = warps_of_row(columns // wide)
-    rows_of_block = 4 if warps == 1 else 1
+    warps = warps_of_row(-(-columns // wide))
+    per_block = rows_of_block(warps)
     launch_kernel(
         "rms_norm",
         f"rms_norm_kernel_{ELEMENTS[x.dtype]}_{'vec' if vectors else 'each'}_{warps}",
-        grid=(-(-rows.total // rows_of_block),),
-        block=(32 * warps, rows_of_block),
+        grid=(-(-rows.total // per_block),),
+        block=(32 * warps, per_block),
         args=[x, weight, y, rows.total, columns, *rows[1:], weight.stride(0), eps],
     )
