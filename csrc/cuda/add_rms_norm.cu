@@ -9,8 +9,6 @@
 // Source: the pre-norm block of Kimi K2.5 (DeepSeek-V3 family).
 #include "rows.cuh"
 
-constexpr int HELD = 4;
-
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> sum(const Vec<T, N>& a, const Vec<T, N>& b) {
   Vec<T, N> h;

@@ -30,3 +30,9 @@ __device__ __forceinline__ float from_fp16_bits(unsigned short bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
 }
+
+// "Parallel Synchronization and Communication Instructions: barrier". A barrier of its own for the
+// first `threads` threads to arrive at it; number 0 is __syncthreads().
+__device__ __forceinline__ void named_barrier_sync(int number, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}

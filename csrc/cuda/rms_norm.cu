@@ -14,8 +14,6 @@
 // Source: Zhang and Sennrich, arXiv 1910.07467.
 #include "rows.cuh"
 
-constexpr int HELD = 4;
-
 template <class T, int N, int WARPS>
 __device__ __forceinline__ void rms_norm(const T* x_gmem,       // [rows, D]
                                          const T* weight_gmem,  // [D]
@@ -23,42 +21,19 @@ __device__ __forceinline__ void rms_norm(const T* x_gmem,       // [rows, D]
                                          int64 rows, int columns, Rows x_rows, int64 weight_stride,
                                          float eps) {
   using Sum = typename Statistic<T>::type;
-  constexpr int STEP = WARPS * WARP * N;  // elements that the threads of a row take at once
   __shared__ Sum partial_smem[WARPS];
   const int64 row = static_cast<int64>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= rows) return;  // whole warps, and only where WARPS is 1
-  const T* row_gmem = x_gmem + x_rows.offset(row);
-  const int first = threadIdx.x * N;
-
-  Vec<T, N> held[HELD];
+  const HeldRow<T, N, WARPS * WARP> x(x_gmem + x_rows.offset(row), x_rows.d_stride, threadIdx.x,
+                                      columns);
   Sum squares = 0;
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    const int d = first + i * STEP;
-    if (d < columns) held[i] = load_vec<T, N>(row_gmem + d * x_rows.d_stride);
-  }
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    if (first + i * STEP < columns) squares += sum_of_squares<Sum>(held[i]);
-  }
-  for (int d = first + HELD * STEP; d < columns; d += STEP) {
-    squares += sum_of_squares<Sum>(load_vec<T, N>(row_gmem + d * x_rows.d_stride));
-  }
+  x.each([&](int, const Vec<T, N>& vec) { squares += sum_of_squares<Sum>(vec); });
   const Factor factor = rms_factor(block_sum<WARPS>(squares, partial_smem), columns, eps);
-
   T* y_row_gmem = y_gmem + row * columns;
-  auto write = [&](int d, const Vec<T, N>& x) {
+  x.each([&](int d, const Vec<T, N>& vec) {
     const Vec<T, N> weight = load_vec<T, N>(weight_gmem + d * weight_stride);
-    store_vec<T, N>(y_row_gmem + d, normalised<T, N>(x, weight, factor));
-  };
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    const int d = first + i * STEP;
-    if (d < columns) write(d, held[i]);
-  }
-  for (int d = first + HELD * STEP; d < columns; d += STEP) {
-    write(d, load_vec<T, N>(row_gmem + d * x_rows.d_stride));
-  }
+    store_vec<T, N>(y_row_gmem + d, normalised<T, N>(vec, weight, factor));
+  });
 }
 
 #define KERNEL(T, N, WARPS, NAME)                                                                \

@@ -52,6 +52,41 @@ __device__ __forceinline__ Factor rms_factor(double squares, int columns, float 
   return {high, fabsf(low) <= fabsf(high) * 1e-6f ? low : 0.0f};
 }
 
+// A row that THREADS threads share: a thread has vectors t, t + THREADS, ... and keeps the first
+// HELD of them in registers from construction on, all loads in flight; longer rows are read again.
+constexpr int HELD = 4;
+
+template <class T, int N, int THREADS>
+struct HeldRow {
+  static constexpr int STEP = THREADS * N;
+  Vec<T, N> held[HELD];
+  const T* row_gmem;  // [columns]
+  int64 stride_d;
+  int first, columns;
+
+  __device__ __forceinline__ HeldRow(const T* row, int64 stride, int thread, int width)
+      : row_gmem(row), stride_d(stride), first(thread * N), columns(width) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      const int d = first + i * STEP;
+      if (d < columns) held[i] = load_vec<T, N>(row_gmem + d * stride_d);
+    }
+  }
+
+  // visit(d, elements d .. d + N) for each vector of this thread.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      const int d = first + i * STEP;
+      if (d < columns) visit(d, held[i]);
+    }
+    for (int d = first + HELD * STEP; d < columns; d += STEP) {
+      visit(d, load_vec<T, N>(row_gmem + d * stride_d));
+    }
+  }
+};
+
 // round(x / rms) * weight, rounded: the two roundings that the model has.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> normalised(const Vec<T, N>& x, const Vec<T, N>& weight,
