@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from ptx_text import FORMATS, evaluate, from_fraction, to_fraction
 
+from kimi_ops.testing.ptx import rounding
+
 EDGES = {
     "f32": [0, 0x80000000, 1, 0x80000001, 0x7FFFFF, 0x800000, 0x80800000, 0x3F800000, 0xBF800000,
             0x3F800001, 0x33800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000,
@@ -136,6 +138,21 @@ def test_f64(opcode):
     count = 3 if opcode == "fma" else 2
     sources = ", ".join(f"{{x{i}}}" for i in range(count))
     check(f"{opcode}.rn.f64 {{y}}, {sources};", opcode, samples("f64", count, 2), "f64")
+
+
+@pytest.mark.parametrize("exponents", [(-3, 3), (-60, 60), (-520, -440), (460, 502)])
+def test_fma_f64_where_the_addend_cancels_or_only_decides_the_rounding(exponents):
+    rng = np.random.default_rng(0)
+    x, y, z = (np.ldexp(rng.uniform(-1, 1, 3000), rng.integers(*exponents, 3000)) for _ in range(3))
+    z[:1000] = -(x * y)[:1000] * (1 + rng.integers(-2, 3, 1000) * 2.0**-52)
+    with np.errstate(all="ignore"):
+        z[1000:2000] = np.ldexp((x * y)[1000:2000], rng.integers(-120, 120, 1000))
+        results = rounding.fma_f64(x, y, z)
+    for *numbers, got in zip(x, y, z, results, strict=True):
+        if np.isfinite(numbers).all():
+            a, b, c = map(Fraction, numbers)
+            exact = a * b + c
+            assert got == exact.numerator / exact.denominator, numbers
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from hashlib import blake2b
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from kimi_ops.testing.ptx.types import WARP, Array
 SECTOR_BYTES = 32
 LINE_BYTES = 128
 BANKS = 32
+# Of one instruction, to remember.
+_PATTERNS = 64
 
 
 @dataclass
@@ -137,26 +140,28 @@ def _distinct(rows: Array) -> Array:
 
 
 class _Remembered(ABC):
-    """Recomputes a count only when the pattern of addresses differs from the last one.
+    """Computes a count once for each pattern of addresses, of those met last.
 
-    Loops repeat their pattern at other base addresses; the counts are the same for a shift by a
-    multiple of ``period`` bytes.
+    Loops repeat their patterns at other base addresses; the counts are the same for a shift by a
+    multiple of ``period`` bytes. Which warps come together varies with the schedule.
     """
 
     period = 1
 
     def __init__(self) -> None:
-        self._pattern: Array | None = None
-        self._answer: tuple[int, ...] = ()
+        self._answers: dict[bytes, tuple[int, ...]] = {}
 
     def count(self, rows: Array, size: int) -> tuple[int, ...]:
         """What accesses of ``size`` bytes at addresses [warps, 32] take; -1 is inactive."""
         first = rows.max(axis=1, keepdims=True)
         pattern = np.where(rows < 0, -1, rows - first // self.period * self.period + (1 << 48))
-        if self._pattern is None or not np.array_equal(pattern, self._pattern):
-            self._pattern = pattern
-            self._answer = self._compute(pattern, size)
-        return self._answer
+        digest = blake2b(pattern.data, digest_size=16).digest()
+        answer = self._answers.get(digest)
+        if answer is None:
+            if len(self._answers) == _PATTERNS:
+                self._answers.clear()
+            answer = self._answers[digest] = self._compute(pattern, size)
+        return answer
 
     @abstractmethod
     def _compute(self, rows: Array, size: int) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from kimi_ops.testing.ptx.memory import (
     in_bounds,
     one_by_one,
     rows_of,
+    same_rows,
     uninitialised,
 )
 from kimi_ops.testing.ptx.types import BITS, Array
@@ -276,12 +277,12 @@ class GlobalMemory:
             if self.check_races:
                 cells = self._cells(buffer, offset, size)
                 assert buffer.races is not None
-                own, same = clocks.stamps(who, site.index), (target[index] == values).all(axis=1)
+                own, same = clocks.stamps(who, site.index), same_rows(target[index], values)
                 buffer.races.on_write(own, who, cells, order, report, same)
             self._count(site, who, buffer, offset, size)
             buffer.touched[1, offset // SECTOR_BYTES] = True
             target[index] = values
-            lost = (target[index] != values).any(axis=1)
+            lost = ~same_rows(target[index], values)
             if self.check_races and lost.any():
                 raise report(
                     int(np.flatnonzero(lost)[0]), "two threads write different values at once"

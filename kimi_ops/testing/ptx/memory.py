@@ -73,12 +73,23 @@ def rows_of(array: Array, unit: int, count: int) -> Array:
     return array[: len(array) // width * width].view(BITS[unit]).reshape(-1, count)
 
 
+def same_rows(rows: Array, others: Any) -> Array:
+    """Which rows [k] of ``rows`` [k, count] equal those of others, [k, count] or a scalar.
+
+    Column by column: numpy is slow along an axis of one to four.
+    """
+    same = rows == others
+    equal: Array = same[:, 0]
+    for column in same.T[1:]:
+        equal = equal & column
+    return equal
+
+
 def uninitialised(flags: Array, index: Array, size: int) -> Array:
     """Which accesses of ``size`` bytes, at multiples ``index`` of it, have a byte not yet set."""
     unit = min(size, 8)
-    whole = int.from_bytes(b"\1" * unit, "little")
-    bad: Array = (rows_of(flags, unit, size // unit)[index] != whole).any(axis=1)
-    return bad
+    whole = BITS[unit].type(int.from_bytes(b"\1" * unit, "little"))
+    return ~same_rows(rows_of(flags, unit, size // unit)[index], whole)
 
 
 def one_by_one(

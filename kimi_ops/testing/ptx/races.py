@@ -49,7 +49,7 @@ class SharedRaces:
     ) -> None:
         self.warps, self.granules = warps, granules
         self.actors = warps + others + readers
-        self._readers = [*range(warps), *range(warps + others, self.actors)]
+        self._readers = np.array([*range(warps), *range(warps + others, self.actors)])
         self.cta_of, self.warp_of = cta_of, warp_of
         # [:, :, :actors] what a warp has seen, [:, :, actors:] what of it is proxy-fenced.
         self.clock = np.zeros((ctas, warps, 2 * self.actors), np.int32)
@@ -199,19 +199,19 @@ class SharedRaces:
                 f"write, not ordered after the write by {self.actor(int(self.written[cell]))} "
                 f"at PTX line {self.written_line[cell]}",
             )
-        own = self.warp_of[lanes]
-        for row_of_read, reader in enumerate(self._readers):
-            seen = self.clock.reshape(-1)[self._row[lanes] + reader]
-            late = (self.read[row_of_read][cells] > seen[:, None]) & (own != reader)[:, None]
-            if same is not None:
-                late &= ~same
-            if late.any():
-                row, column = np.argwhere(late)[0]
-                raise fail(
-                    int(row),
-                    f"write, not ordered after the read by {self.actor(reader)} "
-                    f"at PTX line {self.read_line[cells[row, column]]}",
-                )
+        seen = self.clock.reshape(-1)[self._row[lanes] + self._readers[:, None]]
+        # Whatever a warp has read itself, it has seen.
+        seen[self.warp_of[lanes], np.arange(len(lanes))] = np.iinfo(seen.dtype).max
+        late = self.read.take(cells, axis=1) > seen[:, :, None]  # [readers, k, n]
+        if same is not None:
+            late &= ~same
+        if late.any():
+            reader, row, column = np.argwhere(late)[0]
+            raise fail(
+                int(row),
+                f"write, not ordered after the read by {self.actor(int(self._readers[reader]))} "
+                f"at PTX line {self.read_line[cells[row, column]]}",
+            )
         self.written[cells] = self.stamp[lanes][:, None]
         self.written_line[cells] = line
         self.by_atomic[cells] = atomic

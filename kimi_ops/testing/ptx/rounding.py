@@ -19,15 +19,21 @@ from kimi_ops.testing.ptx.types import Array, ScalarType, bf16_to_f32, f32_to_bf
 CANONICAL_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 TINY = np.finfo(np.float32).smallest_normal
 MODES = ("rn", "rz", "rm", "rp")
+_LARGE = 2.0**500
+
+
+def _exact_sum(x: Any, y: Any) -> tuple[Array, Array]:
+    """x + y of float64 arrays, to nearest, and its error (Knuth, TAOCP 2, 4.2.2)."""
+    s = np.asarray(x + y)
+    part = s - x
+    return s, (x - (s - part)) + (y - part)
 
 
 def odd_sum(x: Any, y: Any, mode: str = "rn") -> Array:
     """x + y of float64 arrays, rounded to odd; a zero from unlike signs is -0 if rounding down."""
-    s = np.asarray(x + y)
+    s, error = _exact_sum(x, y)
     if mode == "rm":
         s = np.where((s == 0) & (np.signbit(x) | np.signbit(y)), -0.0, s)
-    part = s - x
-    error = (x - (s - part)) + (y - part)
     inexact = np.isfinite(s) & (error != 0)
     if inexact.any():
         bits = s.view(np.int64)
@@ -155,12 +161,36 @@ def fma_f32(x: Any, y: Any, z: Any) -> Array:
     return canonical(total.astype(np.float32))
 
 
+def _halves(x: Array) -> tuple[Array, Array]:
+    """float64 as a sum of two numbers of at most 26 bits (Veltkamp, Dekker)."""
+    scaled = x * 134217729.0  # 2^27 + 1
+    high = scaled - (scaled - x)
+    return high, x - high
+
+
+def _exact_product(x: Array, y: Array) -> tuple[Array, Array]:
+    """x * y of float64 arrays, to nearest, and its error (Dekker 1971)."""
+    product = x * y
+    (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
+    error = ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low
+    return product, error
+
+
 def fma_f64(x: Any, y: Any, z: Any) -> Array:
-    """x * y + z of float64, one rounding to nearest even; element by element."""
+    """x * y + z of float64, one rounding to nearest even (Boldo and Melquiond, as above)."""
     x, y, z = np.broadcast_arrays(x, y, z)
     out = np.asarray(x * y + z)
-    # Of finite numbers, through exact fractions; the rest is right as it is.
-    for i in np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(z)):
+    # The rest, infinite, NaN or z, is right as it is.
+    finite = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (x != 0) & (y != 0)
+    product, product_error = _exact_product(x, y)
+    low, low_error = _exact_sum(z, product_error)
+    high, high_error = _exact_sum(product, low)
+    total = high + odd_sum(low_error, high_error)
+    # Neither may a part overflow, nor the product's error, 2^106 below it, be no normal number.
+    tame = (np.abs(x) < _LARGE) & (np.abs(y) < _LARGE) & (np.abs(z) < _LARGE)
+    tame &= finite & (np.abs(product) > 1 / _LARGE)
+    out = np.where(tame & (total != 0), total, out)  # a zero has the sign that it has
+    for i in np.flatnonzero(finite & ~tame):
         exact = Fraction(float(x[i])) * Fraction(float(y[i])) + Fraction(float(z[i]))
         if exact:
             out[i] = _nearest(exact)

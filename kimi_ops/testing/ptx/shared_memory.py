@@ -17,6 +17,7 @@ from kimi_ops.testing.ptx.memory import (
     in_bounds,
     one_by_one,
     rows_of,
+    same_rows,
     uninitialised,
 )
 from kimi_ops.testing.ptx.proxies import AsyncRead, AsyncReads
@@ -209,10 +210,10 @@ class SharedMemory:
         rows = rows_of(self.data, unit, count)
         report = site.race("shared memory", lanes, address)
         if self.check_races and plain:
-            same = (rows[index] == data).all(axis=1)[:, None] & np.ones(cells.shape, bool)
+            same = np.broadcast_to(same_rows(rows[index], data)[:, None], cells.shape)
             self.races.on_write(lanes, cells, site.line, report, same=same)
         rows[index] = data
-        lost = (rows[index] != data).any(axis=1)
+        lost = ~same_rows(rows[index], data)
         if self.check_races and lost.any():
             raise report(int(np.flatnonzero(lost)[0]), "two threads write different values at once")
         self.set_flags(index, size)
