@@ -81,6 +81,16 @@ def tile_for(device: torch.device, tokens: int, heads: int, columns: int) -> Til
     return _for_gpu(next(enough, max(fitting, key=programs)), gpu)
 
 
+def candidates(heads: int, columns: int, depth: int, tokens: int) -> tuple[Tile, ...]:
+    """Tiles for `kimi_ops.kernels._tiles`: those that fit T as `tile_for` has it, 2 to 4 stages."""
+    return tuple(
+        tile._replace(stages=stages)
+        for tile in _TILES
+        if tile.tokens < max(2 * tokens, 17)
+        for stages in (2, 3, 4)
+    )
+
+
 _GPUS = {
     "sm_80": Target("cuda", 80, 108, 163 << 10),
     "sm_86": Target("cuda", 86, 84, 99 << 10),

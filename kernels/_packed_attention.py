@@ -38,6 +38,12 @@ class Tile(NamedTuple):
     stages: int
 
 
+def candidates(width: int, value_width: int) -> tuple[Tile, ...]:
+    """Tiles for `kimi_ops.kernels._tiles`: 16 or 32 queries a warp, so that no row crosses one."""
+    shapes = (64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8), (128, 128, 8), (128, 64, 4)
+    return tuple(Tile(*shape, stages) for shape in shapes for stages in (2, 3))
+
+
 def pieces(width: int) -> tuple[int, int]:
     """Two powers of two, each at least 16 or the second 0, that hold ``width`` columns."""
     if width <= 16:

@@ -1,4 +1,4 @@
-"""Rows of a tensor ``[..., D]`` with any strides, and the tiles of kernels that go through rows."""
+"""The tiles of kernels that go through the rows of a tensor ``[..., D]``, and what they share."""
 
 from __future__ import annotations
 
@@ -6,48 +6,19 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from kimi_ops._strided_rows import Rows, or_packed, rows_of
 
-class Rows(NamedTuple):
-    """Where the rows of a tensor are: row ``i`` starts ``i // inner * stride_outer + i % inner *
-    stride_inner`` elements behind the first one; its elements are ``stride_d`` apart."""
-
-    count: int
-    inner: int
-    stride_outer: int
-    stride_inner: int
-    stride_d: int
-
-
-def rows_of(x: Tensor) -> Rows | None:
-    """The rows of ``x`` ``[..., D]``; None where two strides cannot say where they are."""
-    sizes, strides = [1], [0]  # leading dimensions, joined where one stride serves both
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if sizes[-1] == 1:
-            sizes[-1], strides[-1] = size, stride
-        elif strides[-1] == size * stride:
-            sizes[-1], strides[-1] = sizes[-1] * size, stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    if len(sizes) > 2:
-        return None
-    inner, stride_inner = sizes[-1], strides[-1]
-    outer, stride_outer = (sizes[0], strides[0]) if len(sizes) == 2 else (1, 0)
-    return Rows(outer * inner, inner, stride_outer, stride_inner, x.stride(-1))
-
-
-def or_packed(x: Tensor) -> tuple[Tensor, Rows]:
-    """A tensor with its rows: ``x`` itself, or a packed copy where its rows have no two strides."""
-    rows = rows_of(x)
-    if rows is None:
-        x = x.contiguous()
-        rows = rows_of(x)
-    assert rows is not None
-    return x, rows
+__all__ = [
+    "Rows",
+    "Tile",
+    "norm_candidates",
+    "norm_tile",
+    "or_packed",
+    "rms_factor",
+    "row_offsets",
+    "rows_of",
+]
 
 
 class Tile(NamedTuple):
@@ -68,6 +39,17 @@ _WIDEST = Tile(1, 8192, 8)  # wider rows are read twice, the second time from L2
 def norm_tile(columns: int) -> Tile:
     """The tile of a kernel that needs whole rows."""
     return next((tile for most, tile in _NORM_TILES.items() if columns <= most), _WIDEST)
+
+
+def norm_candidates(columns: int, element_bytes: int) -> tuple[Tile, ...]:
+    """Tiles for `kimi_ops.kernels._tiles`: whole rows (to 8,192), 8 to 64 values a thread."""
+    width = min(_WIDEST.columns, max(64, triton.next_power_of_2(columns)))
+    return tuple(
+        Tile(rows, width, warps)
+        for warps in (1, 2, 4, 8, 16)
+        for rows in (1, 2, 4, 8, 16)
+        if 8 <= rows * width // (32 * warps) <= 64
+    )
 
 
 @triton.jit

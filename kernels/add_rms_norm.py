@@ -23,9 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels._rows import Tile, norm_tile, or_packed, rms_factor, row_offsets
+from kimi_ops.kernels._rows import (
+    Tile,
+    norm_candidates,
+    norm_tile,
+    or_packed,
+    rms_factor,
+    row_offsets,
+)
+from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # tiles follow from the width of a row alone
+TILES = TileChoice("add_rms_norm", norm_candidates, row=("columns", "element_bytes"))
 
 
 @triton.jit
@@ -94,7 +103,8 @@ def add_rms_norm_kernel(
 def _arguments(
     y: Tensor, h: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[dict[str, Any], Tile]:
-    tile = norm_tile(x.shape[-1])
+    columns = x.shape[-1]
+    tile = TILES.choose(x.device, norm_tile(columns), columns, x.element_size())
     x, rows_x = or_packed(x)
     residual, rows_r = or_packed(residual)
     arguments = {
@@ -103,7 +113,7 @@ def _arguments(
         "weight_ptr": weight,
         "y_ptr": y,
         "h_ptr": h,
-        "rows": rows_x.count,
+        "rows": rows_x.total,
         "columns": x.shape[-1],
         "inner_x": rows_x.inner,
         "stride_x_outer": rows_x.stride_outer,

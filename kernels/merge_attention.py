@@ -145,7 +145,7 @@ def _arguments(
         "lse_b_ptr": lse_b,
         "out_ptr": out,
         "lse_ptr": lse,
-        "rows": rows_a.count,
+        "rows": rows_a.total,
         "columns": columns,
         "inner_a": rows_a.inner,
         "stride_a_outer": rows_a.stride_outer,
@@ -164,7 +164,7 @@ def _arguments(
         "BLOCK_T": min(32, ELEMENTS // block_d),
         "BLOCK_D": block_d,
         "WHOLE": columns <= block_d,
-        "FLAT": all(rows.inner == rows.count for rows in (rows_a, rows_b, rows_lse_a, rows_lse_b)),
+        "FLAT": all(rows.inner == rows.total for rows in (rows_a, rows_b, rows_lse_a, rows_lse_b)),
     }
 
 

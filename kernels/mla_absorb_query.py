@@ -33,13 +33,17 @@ from torch import Tensor
 
 from kimi_ops.kernels import _head_product
 from kimi_ops.kernels._angle import sin_cos
-from kimi_ops.kernels._head_product import Tile, head_product, tile_for
+from kimi_ops.kernels._head_product import Tile, candidates, head_product, tile_for
 from kimi_ops.kernels._rotate import rotate_pairs
+from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # then `tile_for` has one answer
 # Tokens of a tile for each head that a rotating program takes. Few tokens are over soonest with a
 # program for each head; of 128 tokens it takes 8, so that their angles are made an eighth as often.
 TOKENS_PER_HEAD = 16
+TILES = TileChoice(
+    "mla_absorb_query", candidates, row=("heads", "columns", "depth"), batch="tokens"
+)
 
 
 @triton.jit
@@ -157,8 +161,9 @@ def launch(q_latent: Tensor, q: Tensor, w_uk: Tensor, positions: Tensor, inv_fre
     if q_latent.numel() == 0:
         return
     tokens, heads, _ = q_latent.shape
-    columns = w_uk.shape[2]
-    tile = tile_for(q.device, tokens, heads, columns)
+    _, depth, columns = w_uk.shape
+    built_in = tile_for(q.device, tokens, heads, columns)
+    tile = TILES.choose(q.device, built_in, heads, columns, depth, tokens)
     call = _arguments(
         q_latent=q_latent, q=q, w_uk=w_uk, positions=positions, inv_freq=inv_freq, tile=tile
     )

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from kimi_ops.kernels import _packed_attention
-from kimi_ops.kernels._packed_attention import Tile, packed_attention_kernel
+from kimi_ops.kernels._packed_attention import Tile, candidates, packed_attention_kernel
 from kimi_ops.kernels._target import target
+from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # tiles follow from the head's width alone
+TILES = TileChoice("mla_prefill", candidates, row=("width", "value_width"))
 
 # With wgmma, 128 queries (48 KiB) and two stages of 64 keys and values (40 KiB each) are 128 KiB of
 # shared memory and 241 registers. mma.sync keeps q and a step's keys in registers too: 64 queries
@@ -30,8 +32,9 @@ BATCH_INVARIANT = True  # tiles follow from the head's width alone
 _WGMMA, _MMA = Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)
 
 
-def _tile(q: Tensor) -> Tile:
-    return _WGMMA if target(q.device).capability in (90, 100) and q.shape[2] <= 192 else _MMA
+def _tile(q: Tensor, v: Tensor) -> Tile:
+    wgmma = target(q.device).capability in (90, 100) and q.shape[2] <= 192
+    return TILES.choose(q.device, _WGMMA if wgmma else _MMA, q.shape[2], v.shape[2])
 
 
 def unsupported(
@@ -63,7 +66,7 @@ def launch(
     out, lse = outputs
     if lse.numel() == 0:
         return
-    tile = _tile(q)
+    tile = _tile(q, v)
     call = _packed_attention.arguments(
         q=q,
         k=k,

@@ -46,6 +46,7 @@ from torch import Tensor
 from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops.kernels import _arrivals, _target, moe_select
 from kimi_ops.kernels._selection import select_rows
+from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # then every call has 8 parts, one tile and two launches
 _FEW = 4  # tokens up to which a product of vectors beats one of matrices: x still fits registers
@@ -68,6 +69,8 @@ class Tile(NamedTuple):
 # goes through L2 twice as often. 8 columns are too few for wgmma, and bound by memory anyway; a
 # warp multiplies 16 experts. Long rows of a step, since a program has few steps.
 _NARROW = Tile(E=64, T=8, D=256, warps=4, stages=2)
+if triton.__version__.startswith("3.4."):  # no product of less than 16 columns; later ones pad
+    _NARROW = Tile(E=64, T=16, D=256, warps=4, stages=2)
 _NARROW_PARTS = 8
 # 96 KiB: fits the 99 KiB of sm_86, 89 and 120; the other one the 64 KiB of gfx942.
 _WIDE = Tile(E=128, T=64, D=64, warps=4, stages=4)
@@ -76,6 +79,25 @@ _WIDE_64K = Tile(E=128, T=64, D=64, warps=4, stages=2)
 _NARROW_FLOAT32 = Tile(E=32, T=8, D=32, warps=4, stages=2)
 _WIDE_FLOAT32 = Tile(E=32, T=32, D=32, warps=4, stages=2)
 _PARTS = 8  # at most, and in batch-invariant mode
+
+
+def _narrow_candidates(experts: int, columns: int, tokens: int) -> tuple[Tile, ...]:
+    """8 tokens at least, as there are counters for 8 groups; a warp multiplies 16 experts."""
+    shapes = (32, 8, 256, 2), (64, 8, 128, 4), (64, 8, 256, 4), (64, 8, 512, 4), (128, 8, 128, 8)
+    shapes += (64, 16, 128, 4), (64, 16, 256, 4)
+    return tuple(Tile(*shape, stages) for shape in shapes for stages in (2, 3))
+
+
+def _wide_candidates(experts: int, columns: int, tokens: int) -> tuple[Tile, ...]:
+    shapes = (64, 64, 64, 4), (64, 64, 128, 4), (128, 64, 64, 4), (128, 64, 64, 8), (64, 128, 64, 4)
+    shapes += (128, 128, 64, 8), (128, 64, 128, 8)
+    return tuple(Tile(*shape, stages) for shape in shapes for stages in (2, 3, 4))
+
+
+# Of 16-bit operands, with 5 to 64 tokens and with more.
+_ROW = ("experts", "columns")
+TILES = TileChoice("moe_route", _narrow_candidates, row=_ROW, batch="tokens")
+TILES_WIDE = TileChoice("moe_route.wide", _wide_candidates, row=_ROW, batch="tokens")
 
 
 @triton.jit
@@ -257,12 +279,18 @@ def plan(
     few = tokens <= _FEW and not is_batch_invariant()
     one_launch = tokens <= _ONE_LAUNCH and not is_batch_invariant()
     if one_launch:
-        tile, parts = (_NARROW if on_tensor_cores else _NARROW_FLOAT32), _NARROW_PARTS
+        tile = _NARROW if on_tensor_cores else _NARROW_FLOAT32
+    elif on_tensor_cores:
+        tile = _WIDE if target.shared_bytes > 1 << 16 else _WIDE_64K
     else:
-        wide = _WIDE if target.shared_bytes > 1 << 16 else _WIDE_64K
-        tile = wide if on_tensor_cores else _WIDE_FLOAT32
-        parts = _parts(tokens, experts, tile, multiprocessors)
-    parts = 1 if few else parts
+        tile = _WIDE_FLOAT32
+    if on_tensor_cores and not few:
+        choice = TILES if one_launch else TILES_WIDE
+        tile = choice.choose(x.device, tile, experts, D, tokens)
+    if few:
+        parts = 1
+    else:
+        parts = _NARROW_PARTS if one_launch else _parts(tokens, experts, tile, multiprocessors)
     # Rows of a multiple of 32 logits are read in 16 bytes.
     width = triton.cdiv(experts, 32) * 32
     logits = torch.empty((parts, tokens, width), dtype=torch.float32, device=x.device)

@@ -24,7 +24,7 @@ Source: MoonViT-3D and the patch merger in the Kimi K2.5 report, arXiv 2602.0227
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,11 +32,26 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_ops.kernels._grid import ENTRIES_PER_STEP, locate
+from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # a token's program sees nothing of the others
 
+
+class Tile(NamedTuple):
+    """A program is one token; only its warps are to choose."""
+
+    warps: int
+
+
 # 8192 elements of a token over 8 warps are 32 per thread: four 16-byte loads in flight each.
-WARPS = 8
+_TILE = Tile(8)
+
+
+def _candidates(width: int, element_bytes: int) -> tuple[Tile, ...]:
+    return Tile(4), Tile(8), Tile(16)
+
+
+TILES = TileChoice("patch_merge", _candidates, row=("width", "element_bytes"))
 
 
 @triton.jit
@@ -184,7 +199,8 @@ def launch(
         pre_bias=pre_bias.contiguous(),
         eps=eps,
     )
-    patch_merge_kernel[(merged_length,)](**arguments, num_warps=WARPS)
+    tile = TILES.choose(x.device, _TILE, x.shape[1], x.element_size())
+    patch_merge_kernel[(merged_length,)](**arguments, num_warps=tile.warps)
 
 
 def static_cases() -> Iterable[Any]:
@@ -201,4 +217,4 @@ def static_cases() -> Iterable[Any]:
             eps=1e-5,
         )
         name = f"1152_{str(dtype).removeprefix('torch.')}"
-        yield StaticCase.of_call(name, patch_merge_kernel, arguments, num_warps=WARPS)
+        yield StaticCase.of_call(name, patch_merge_kernel, arguments, num_warps=_TILE.warps)

@@ -25,9 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels._rows import Tile, norm_tile, or_packed, rms_factor, row_offsets
+from kimi_ops.kernels._rows import (
+    Tile,
+    norm_candidates,
+    norm_tile,
+    or_packed,
+    rms_factor,
+    row_offsets,
+)
+from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # tiles follow from the width of a row alone
+TILES = TileChoice("rms_norm", norm_candidates, row=("columns", "element_bytes"))
 
 
 @triton.jit
@@ -81,13 +90,14 @@ def rms_norm_kernel(
 
 
 def _arguments(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[dict[str, Any], Tile]:
-    tile = norm_tile(x.shape[-1])
+    columns = x.shape[-1]
+    tile = TILES.choose(x.device, norm_tile(columns), columns, x.element_size())
     x, rows = or_packed(x)
     arguments = {
         "x_ptr": x,
         "weight_ptr": weight,
         "y_ptr": y,
-        "rows": rows.count,
+        "rows": rows.total,
         "columns": x.shape[-1],
         "inner_x": rows.inner,
         "stride_x_outer": rows.stride_outer,

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_ops.kernels._rows import Tile, or_packed, row_offsets
+from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # tiles follow from the width of a row alone
 
@@ -32,10 +33,27 @@ BATCH_INVARIANT = True  # tiles follow from the width of a row alone
 # share a program.
 _TILES = {64: Tile(16, 64, 4)}
 _WIDE = Tile(1, 1024, 4)
+_GRID_Y = 65535  # most programs in the second dimension of a CUDA grid
 
 
 def _tile(width: int) -> Tile:
     return next((tile for most, tile in _TILES.items() if width <= most), _WIDE)
+
+
+def _candidates(width: int, element_bytes: int) -> tuple[Tile, ...]:
+    """8 to 32 values a thread; several rows only where they are whole; what fits the grid."""
+    return tuple(
+        Tile(rows, columns, warps)
+        for warps in (1, 2, 4, 8)
+        for rows, columns in ((16, 64), (8, 128), (4, 256), (1, 512), (1, 1024), (1, 2048))
+        if (rows == 1 or columns >= width)
+        and columns < max(128, 2 * width)
+        and triton.cdiv(width, columns) <= _GRID_Y
+        and 8 <= rows * columns // (32 * warps) <= 32
+    )
+
+
+TILES = TileChoice("silu_mul", _candidates, row=("width", "element_bytes"))
 
 
 @triton.jit
@@ -82,12 +100,13 @@ def silu_mul_kernel(
 
 
 def _arguments(y: Tensor, gate_up: Tensor) -> tuple[dict[str, Any], Tile]:
-    tile = _tile(y.shape[-1])
+    width = y.shape[-1]
+    tile = TILES.choose(y.device, _tile(width), width, y.element_size())
     gate_up, rows = or_packed(gate_up)
     arguments = {
         "gate_up_ptr": gate_up,
         "y_ptr": y,
-        "rows": rows.count,
+        "rows": rows.total,
         "width": y.shape[-1],
         "inner": rows.inner,
         "stride_outer": rows.stride_outer,
@@ -102,8 +121,8 @@ def _arguments(y: Tensor, gate_up: Tensor) -> tuple[dict[str, Any], Tile]:
 def unsupported(gate_up: Tensor) -> str | None:
     if gate_up.dtype == torch.float64:
         return "silu_mul in Triton computes in float32; gate_up is float64"
-    if gate_up.shape[-1] > 2 * 65535 * _WIDE.columns:  # the second dimension of a CUDA grid
-        return f"silu_mul in Triton takes rows of up to {2 * 65535 * _WIDE.columns} values"
+    if gate_up.shape[-1] > 2 * _GRID_Y * _WIDE.columns:
+        return f"silu_mul in Triton takes rows of up to {2 * _GRID_Y * _WIDE.columns} values"
     return None
 
 

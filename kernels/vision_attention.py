@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from kimi_ops.kernels import _packed_attention
-from kimi_ops.kernels._packed_attention import Tile, packed_attention_kernel
+from kimi_ops.kernels._packed_attention import Tile, candidates, packed_attention_kernel
 from kimi_ops.kernels._target import target
+from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # tiles follow from the head's width alone
+TILES = TileChoice("vision_attention", candidates, row=("width", "value_width"))
 
 # Queries are 16 rows of a warp each. With wgmma the operands stay in shared memory and 128 queries
 # take 168 registers; mma.sync keeps q and a step's keys in registers too, where 64 keys a step
@@ -31,10 +33,12 @@ BATCH_INVARIANT = True  # tiles follow from the head's width alone
 _WGMMA, _MMA, _WIDE = Tile(128, 64, 8, 2), Tile(64, 32, 4, 3), Tile(64, 32, 4, 2)
 
 
-def _tile(q: Tensor) -> Tile:
+def _tile(q: Tensor, v: Tensor) -> Tile:
     if q.shape[2] > 96:
-        return _WIDE
-    return _WGMMA if target(q.device).capability in (90, 100) else _MMA
+        tile = _WIDE
+    else:
+        tile = _WGMMA if target(q.device).capability in (90, 100) else _MMA
+    return TILES.choose(q.device, tile, q.shape[2], v.shape[2])
 
 
 def unsupported(
@@ -48,7 +52,7 @@ def launch(
 ) -> None:
     if out.numel() == 0:
         return
-    tile, offsets = _tile(q), cu_seqlens.contiguous()
+    tile, offsets = _tile(q, v), cu_seqlens.contiguous()
     call = _packed_attention.arguments(
         q=q,
         k=k,

@@ -187,6 +187,8 @@ def _public_functions():
                         node.name.startswith("_") or node.name == "Backend"
                     ):
                         continue
+                    if item.name in ("unsupported", "launch") and relative.split("/")[1] in LAYERS:
+                        continue  # of every backend; `kimi_ops/_backends.py` documents them
                     yield relative, item
 
 
