@@ -9,7 +9,8 @@ What decides a tile, bytes of shared memory first. A row of the cache is 1,152 B
 - sm_86, 89 and 120 (99 KiB): 16 tokens, so that 64 rows and two stages take 92 KiB.
 - sm_90 (227 KiB): wgmma wants 64 rows on its wide side: up to 32 query rows that side is the
   tokens, above it is the queries. In Gluon up to 16 rows one buffer of 64 tokens and two programs
-  (`_mla_split_sm90_narrow`), above 32 rows 128 tokens a step (`_mla_split_sm90`). In plain Triton
+  (`_mla_split_sm90_narrow`), above 32 rows 128 tokens a step (`_mla_split_sm90`), or 64 where 128
+  would leave multiprocessors without a block. In plain Triton
   two stages of 64 tokens; where a block lies in several pages a thread's 16 page addresses spilled
   registers, so that up to 16 rows 8 warps share them, and above 32 rows a block is 32 tokens.
 - sm_100 (227 KiB): tcgen05 wants 64 rows, and no fewer cost less: fewer rows run on a tile of 64.
@@ -46,6 +47,7 @@ class Tile:
         direct: with one split it writes the op's results itself. Where rounding them to 16 bits
             spilled registers it writes a float32 partial instead, as with several splits.
         gluon: module of the Gluon kernel, where it is not the plain one.
+        fills: only where a block of it is left for every multiprocessor.
     """
 
     rows: int
@@ -57,6 +59,7 @@ class Tile:
     within_page: bool = False
     direct: bool = True
     gluon: str | None = None
+    fills: bool = False
 
 
 # By rows, and of equal rows the preferred one first.
@@ -76,12 +79,24 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(16, 64, 4, 2, token_axis=0, within_page=True),
         Tile(16, 64, 8, 2, token_axis=0),
         Tile(32, 64, 8, 2, token_axis=0),
-        Tile(64, 128, 8, 1, gluon="_mla_split_sm90"),
+        Tile(64, 128, 8, 1, gluon="_mla_split_sm90", fills=True),
+        Tile(64, 64, 8, 1, gluon="_mla_split_sm90"),
         Tile(64, 64, 8, 2, within_page=True),
         Tile(64, 32, 8, 2),
     ),
     "sm_100": (Tile(64, 32, 8, 2, direct=False),),
     "gfx942": (Tile(16, 16, 4, 2, per_sm=2), Tile(32, 16, 4, 1)),
+}
+
+# For a cache in the fp8 format. Its codes come to registers and not by cp.async; tiles of 64 rows
+# on mma.sync (80 to 280 B) and tcgen05 (170 B) spilled over that, and sm_90's swapped forms (20 to
+# 400 B). So fewer rows run on 64 there, and more rows take several tiles elsewhere.
+TILES_FP8: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
+    "sm_86": (Tile(16, 16, 8, 2), Tile(32, 16, 8, 2)),
+    "sm_90": (Tile(64, 64, 8, 2, within_page=True), Tile(64, 32, 8, 2)),
+    "sm_100": (Tile(32, 32, 8, 2),),
+    "gfx942": (Tile(16, 16, 4, 2), Tile(32, 16, 4, 1)),
 }
 
 # Architectures that each table is for, as the ahead-of-time compiler names them.
@@ -105,19 +120,31 @@ def table_of(gpu: Target) -> str:
     return "sm_80" if gpu.shared_bytes >= 160 * 1024 else "sm_86"
 
 
-def tile_of(gpu: Target, rows: int, page: int, *, gluon: bool) -> Tile:
+def tile_of(
+    gpu: Target, rows: int, page: int, tokens: int | None, *, gluon: bool, fp8: bool = False
+) -> Tile:
     """The first tile that takes all query rows at once, or the first of the largest ones.
 
     Args:
         gpu: that the launch is for.
         rows: S * H.
         page: tokens per page.
+        tokens: that the page tables can hold, or None where the tile must not depend on them.
         gluon: whether the Gluon kernels can run the call.
+        fp8: the format of the cache.
     """
+
+    def idles(tile: Tile) -> bool:
+        if not tile.fills or tokens is None:
+            return False
+        return -(-rows // tile.rows) * -(-tokens // tile.tokens) < gpu.multiprocessors
+
     tiles = [
         tile
-        for tile in TILES[table_of(gpu)]
-        if (gluon or not tile.gluon) and not (tile.within_page and page % tile.tokens)
+        for tile in (TILES_FP8 if fp8 else TILES)[table_of(gpu)]
+        if (gluon or not tile.gluon)
+        and not (tile.within_page and page % tile.tokens)
+        and not idles(tile)
     ]
     largest = max(tile.rows for tile in tiles)
     return next(tile for tile in tiles if tile.rows >= min(rows, largest))

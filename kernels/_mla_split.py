@@ -9,12 +9,19 @@ products, as keys (all C+R columns) and as values (the first C):
 
 The second form puts tokens and latent columns where the tensor core wants 64 rows (wgmma), so that
 16 or 32 query rows are its narrow side and none is padding.
+
+From a cache in the fp8 format (`kimi_ops.quant.latent_fp8`) a block's codes are widened to the
+dtype of q, exactly, on their way to shared memory, and a token's scale never meets them: it
+multiplies the token's scores between the products with the latent and with the rope values, and its
+p before the product with the values.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from kimi_ops.kernels._e4m3 import CODE_UNIT, from_e4m3
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -46,7 +53,7 @@ def any_page_lost(table_ptr, stride_p, first, end, num_pages, STEP: tl.constexpr
 @triton.jit
 def mla_decode_split_kernel(
     q_ptr,  # [B, S, H, C+R]
-    kv_ptr,  # [num_pages, PAGE, C+R]
+    kv_ptr,  # [num_pages, PAGE, C+R], or uint8 [num_pages, PAGE, C+16+2R]
     table_ptr,  # [B, max_pages]
     length_ptr,  # [B]
     out_ptr,  # [B, num_splits, S * H, C], float32 partials, or the op's own with one split
@@ -76,6 +83,7 @@ def mla_decode_split_kernel(
     BLOCK_C: tl.constexpr,  # C and R up to the next power of two, 16 or more; BLOCK_R 0 if R is 0
     BLOCK_R: tl.constexpr,
     TOKEN_AXIS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,  # NVIDIA's, for an fp8 cache
 ):
     rows = new * heads
     row_tiles = (rows + BLOCK_M - 1) // BLOCK_M
@@ -102,6 +110,7 @@ def mla_decode_split_kernel(
     q = tl.load(  # [BLOCK_M, C]
         row_ptr + (offs_c * stride_q_w)[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0
     )
+    FP8: tl.constexpr = kv_ptr.dtype.element_ty == tl.uint8
     if BLOCK_R > 0:
         offs_r, mask_r = C + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_R) < R
         q_rope = tl.load(  # [BLOCK_M, R]
@@ -133,18 +142,28 @@ def mla_decode_split_kernel(
         k = tl.load(  # [BLOCK_T, C]
             kv_row_ptr + (offs_c * stride_kv_w)[None, :],
             mask=present[:, None] & mask_c[None, :],
-            other=0.0,
+            other=0,
         )
+        if FP8:
+            k = from_e4m3(k, q.dtype, ASSEMBLY)
+            scale_ptr = (kv_ptr + (kv_row + C)).to(tl.pointer_type(tl.float32), bitcast=True)
+            token_scale = tl.load(scale_ptr, mask=present, other=0.0) * CODE_UNIT  # [BLOCK_T]
+            token_scale = tl.expand_dims(token_scale, 1 - TOKEN_AXIS)
         if TOKEN_AXIS == 1:
             score = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_T]
         else:
             score = tl.dot(k, tl.trans(q))  # [BLOCK_T, BLOCK_M]
+        if FP8:
+            score *= token_scale
         if BLOCK_R > 0:
+            if FP8:
+                rope_ptr = (kv_row_ptr + (C + 16)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+                rope_ptr += (offs_r - C)[None, :]
+            else:
+                rope_ptr = kv_row_ptr + (offs_r * stride_kv_w)[None, :]
             k_rope = tl.load(  # [BLOCK_T, R]
-                kv_row_ptr + (offs_r * stride_kv_w)[None, :],
-                mask=present[:, None] & mask_r[None, :],
-                other=0.0,
-            )
+                rope_ptr, mask=present[:, None] & mask_r[None, :], other=0.0
+            ).to(q.dtype)
             if TOKEN_AXIS == 1:
                 score = tl.dot(q_rope, tl.trans(k_rope), score)
             else:
@@ -160,6 +179,8 @@ def mla_decode_split_kernel(
         total = total * fade + tl.sum(p, TOKEN_AXIS)
         top = new_top
         acc = acc * tl.expand_dims(fade, TOKEN_AXIS)
+        if FP8:
+            p *= token_scale  # only now: the total is of the weights alone
         if TOKEN_AXIS == 1:
             acc = tl.dot(p.to(k.dtype), k, acc)
         else:

@@ -1,8 +1,8 @@
 """First stage of `mla_decode` for sm_90, 33 to 64 query rows a tile, in Gluon.
 
 Plain Triton tiles a dot that feeds another dot over rows alone, so that both warpgroups of a
-program compute all scores of 64 rows. Here the layouts are named. A step takes two halves of 64
-tokens, each within one page and held once in shared memory for both products:
+program compute all scores of 64 rows. Here the layouts are named. A step of BLOCK_T tokens takes
+two halves, each within one page and held once in shared memory for both products; at 128 tokens:
 
     scores [64, 128]  = q k^T      warps [4, 2]: warpgroup w has half w,         wgmma m64n64k16
     p [64, 128]       -> shared    both warpgroups need all of it
@@ -12,7 +12,8 @@ A half is refilled by cp.async as soon as its part of p k is done, so that it lo
 half's. The rope part of q stays in registers.
 
 Shared memory: k 128 KiB, its rope part 16, q 64, p 16: 229,376 B and what reductions need, of
-232,448; one program per multiprocessor. cp.async moves 16 bytes, so pointers and strides must be
+232,448; one program per multiprocessor. 64 tokens a step are for calls of few tokens, which so
+occupy twice the multiprocessors. cp.async moves 16 bytes, so pointers and strides must be
 multiples of 16, which `fits` checks. Gluon changes with every Triton release: this is for
 those versions of it that it was compiled with; `_mla_split` is for all others.
 """
@@ -32,17 +33,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 C = gl.constexpr(512)
 R = gl.constexpr(64)
 ROWS = gl.constexpr(64)
-HALF = gl.constexpr(64)  # tokens
-STEP = gl.constexpr(128)
 WARPS = gl.constexpr(8)
 LOG2_E = gl.constexpr(1.4426950408889634)
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16))
 # Who copies what: a thread 16 bytes, a warp a quarter of 4 rows of k (of 4 rows of its rope part).
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 2], [1, 0]))
 COPY_ROPE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))  # [64, 128]
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))  # [64, 512]
-QUERY_ROPE = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))
+PAGE_MULTIPLE = 64  # a half of the larger step
 
 
 def fits(q_latent: Tensor, kv_cache: Tensor, kv_lora_rank: int) -> bool:
@@ -52,7 +50,7 @@ def fits(q_latent: Tensor, kv_cache: Tensor, kv_lora_rank: int) -> bool:
     strides = (*q_latent.stride()[:3], *kv_cache.stride()[:2])
     aligned = q_latent.data_ptr() % 16 == kv_cache.data_ptr() % 16 == 0
     return (
-        (width, kv_lora_rank, page_size % HALF.value) == (C.value + R.value, C.value, 0)
+        (width, kv_lora_rank, page_size % PAGE_MULTIPLE) == (C.value + R.value, C.value, 0)
         and packed
         and aligned
         and all(stride % 16 == 0 for stride in strides)
@@ -83,11 +81,12 @@ def load_tokens(
     k, k_rope, kv_ptr, table_ptr, half, end, num_pages, stride_kv_p, stride_table_p,
     STRIDE_KV_T: gl.constexpr, PAGE: gl.constexpr, COPY: gl.constexpr, COPY_ROPE: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of tokens ``64 half ..`` to k [64, C] and k_rope [64, R].
+    """Starts the copy of one half, all tokens that k [HALF, C] and k_rope [HALF, R] hold.
 
     Rows at or past ``end``, or of a page that is none, become zeros: NaN in them would outlive a
     weight of 0.
     """
+    HALF: gl.constexpr = k.shape[0]
     first = half * HALF
     table_at = (first // PAGE).to(gl.int64) * stride_table_p
     page = gl.load(table_ptr + table_at, mask=first < end, other=0)
@@ -140,7 +139,12 @@ def mla_decode_split_sm90_kernel(
     stride_length_b,
     STRIDE_KV_T: gl.constexpr,  # known, so that a row's address costs no register
     PAGE: gl.constexpr,
+    BLOCK_T: gl.constexpr,
 ):
+    HALF: gl.constexpr = BLOCK_T // 2
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HALF, 16])
+    QUERY_ROPE: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    SHARED_P: gl.constexpr = gl.NVMMASharedLayout(2 * HALF, 16)  # so that a half can be cut out
     rows = new * heads
     row_tiles = (rows + ROWS - 1) // ROWS
     tile = gl.program_id(0) % row_tiles
@@ -149,16 +153,16 @@ def mla_decode_split_sm90_kernel(
 
     length = gl.load(length_ptr + b * stride_length_b)
     length = gl.minimum(gl.maximum(length, 0), capacity)
-    first, last = split_bounds(length, split, num_splits, min_blocks, STEP)
+    first, last = split_bounds(length, split, num_splits, min_blocks, BLOCK_T)
     if (first == last) & (num_splits > 1):
         return  # the second stage does not read what a split without blocks would write
-    end = gl.minimum(length, last * STEP)
+    end = gl.minimum(length, last * BLOCK_T)
     table_ptr += b * stride_table_b
 
-    k = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [STEP, C], SHARED)
-    k_rope = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [STEP, R], SHARED)
+    k = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [BLOCK_T, C], SHARED)
+    k_rope = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [BLOCK_T, R], SHARED)
     q = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [ROWS, C], SHARED)
-    p_shared = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [ROWS, STEP], SHARED)
+    p_shared = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [ROWS, BLOCK_T], SHARED_P)
     k_0, k_1 = k.slice(0, HALF), k.slice(HALF, HALF)
     k_rope_0, k_rope_1 = k_rope.slice(0, HALF), k_rope.slice(HALF, HALF)
 
@@ -183,7 +187,7 @@ def mla_decode_split_sm90_kernel(
     # Row (s, h) sees this many tokens: the new ones after its own are hidden from it.
     row = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     limit = gl.where(row < rows, length - (new - 1 - row // heads), 0)
-    offs_t = gl.arange(0, STEP, gl.SliceLayout(0, SCORES))
+    offs_t = gl.arange(0, BLOCK_T, gl.SliceLayout(0, SCORES))
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([ROWS, C], gl.float32, OUTPUT)
@@ -192,11 +196,11 @@ def mla_decode_split_sm90_kernel(
         # cp.async wrote through the generic proxy, wgmma reads through the asynchronous one.
         fence_async_shared()
         gl.barrier()
-        score = gl.zeros([ROWS, STEP], gl.float32, SCORES)
+        score = gl.zeros([ROWS, BLOCK_T], gl.float32, SCORES)
         score = warpgroup_mma(q_rope, k_rope.permute([1, 0]), score, use_acc=False, is_async=True)
         score = warpgroup_mma(q, k.permute([1, 0]), score, is_async=True)
         score = warpgroup_mma_wait(0, [score])
-        seen = (block * STEP + offs_t)[None, :] < limit[:, None]
+        seen = (block * BLOCK_T + offs_t)[None, :] < limit[:, None]
         score = gl.where(seen, score * scale, float("-inf"))
         new_top = gl.maximum(top, gl.max(score, 1))
         # A row that has seen nothing yet has the maximum -inf, which must not meet itself.
@@ -222,9 +226,8 @@ def mla_decode_split_sm90_kernel(
     async_copy.wait_group(0)
 
     # Here, where registers are free again: before the loop it spilled.
-    lost = any_page_lost(
-        table_ptr, stride_table_p, first * STEP // PAGE, (end + PAGE - 1) // PAGE, num_pages, WARPS
-    )
+    first_page, end_page = first * BLOCK_T // PAGE, (end + PAGE - 1) // PAGE
+    lost = any_page_lost(table_ptr, stride_table_p, first_page, end_page, num_pages, WARPS)
     norm = gl.where(total == 0, 0.0, 1.0 / total)
     norm = gl.convert_layout(gl.where(lost, float("nan"), norm), gl.SliceLayout(1, OUTPUT))
     lse = gl.where(total == 0, float("-inf"), top + gl.log(total))

@@ -34,7 +34,6 @@ from kimi_ops.kernels._mla_split_sm90 import (
 )
 
 ROWS = gl.constexpr(16)
-STEP = gl.constexpr(64)  # tokens
 WARPS = gl.constexpr(4)
 SHARED_P = gl.constexpr(gl.NVMMASharedLayout(32, 16))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [2, 2], [1, 0]))
@@ -66,6 +65,7 @@ def mla_decode_split_sm90_kernel(
     stride_length_b,
     STRIDE_KV_T: gl.constexpr,  # known, so that a row's address costs no register
     PAGE: gl.constexpr,
+    BLOCK_T: gl.constexpr,  # 64
 ):
     rows = new * heads
     row_tiles = (rows + ROWS - 1) // ROWS
@@ -75,17 +75,17 @@ def mla_decode_split_sm90_kernel(
 
     length = gl.load(length_ptr + b * stride_length_b)
     length = gl.minimum(gl.maximum(length, 0), capacity)
-    first, last = split_bounds(length, split, num_splits, min_blocks, STEP)
+    first, last = split_bounds(length, split, num_splits, min_blocks, BLOCK_T)
     if (first == last) & (num_splits > 1):
         return  # the second stage does not read what a split without blocks would write
-    end = gl.minimum(length, last * STEP)
+    end = gl.minimum(length, last * BLOCK_T)
     table_ptr += b * stride_table_b
 
-    k = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [STEP, C], SHARED)
-    k_rope = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [STEP, R], SHARED)
+    k = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [BLOCK_T, C], SHARED)
+    k_rope = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [BLOCK_T, R], SHARED)
     q = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [ROWS, C], SHARED)
     q_rope = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [ROWS, R], SHARED)
-    p_shared = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [STEP, ROWS], SHARED_P)
+    p_shared = gl.allocate_shared_memory(kv_ptr.dtype.element_ty, [BLOCK_T, ROWS], SHARED_P)
 
     q_ptr += b * stride_q_b
     at, there = query_rows(
@@ -102,14 +102,13 @@ def mla_decode_split_sm90_kernel(
                 stride_kv_p, stride_table_p, STRIDE_KV_T, PAGE, COPY, COPY_ROPE)  # fmt: skip
 
     # While the copies are on their way.
-    lost = any_page_lost(
-        table_ptr, stride_table_p, first * STEP // PAGE, (end + PAGE - 1) // PAGE, num_pages, WARPS
-    )
+    first_page, end_page = first * BLOCK_T // PAGE, (end + PAGE - 1) // PAGE
+    lost = any_page_lost(table_ptr, stride_table_p, first_page, end_page, num_pages, WARPS)
 
     # Row (s, h) sees this many tokens: the new ones after its own are hidden from it.
     row = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, PRODUCT))
     limit = gl.where(row < rows, length - (new - 1 - row // heads), 0)
-    offs_t = gl.arange(0, STEP, gl.SliceLayout(1, PRODUCT))
+    offs_t = gl.arange(0, BLOCK_T, gl.SliceLayout(1, PRODUCT))
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(0, PRODUCT))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(0, PRODUCT))
     acc = gl.zeros([C, ROWS], gl.float32, PRODUCT)
@@ -118,11 +117,11 @@ def mla_decode_split_sm90_kernel(
         # cp.async wrote through the generic proxy, wgmma reads through the asynchronous one.
         fence_async_shared()
         gl.barrier()
-        score = gl.zeros([STEP, ROWS], gl.float32, PRODUCT)
+        score = gl.zeros([BLOCK_T, ROWS], gl.float32, PRODUCT)
         score = warpgroup_mma(k_rope, q_rope.permute([1, 0]), score, use_acc=False, is_async=True)
         score = warpgroup_mma(k, q.permute([1, 0]), score, is_async=True)
         score = warpgroup_mma_wait(0, [score])
-        seen = (block * STEP + offs_t)[:, None] < limit[None, :]
+        seen = (block * BLOCK_T + offs_t)[:, None] < limit[None, :]
         score = gl.where(seen, score * scale, float("-inf"))
         new_top = gl.maximum(top, gl.max(score, 0))
         # A row that has seen nothing yet has the maximum -inf, which must not meet itself.

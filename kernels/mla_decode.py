@@ -27,7 +27,7 @@ is no page makes the sequence's results NaN. The order of all sums is the same f
 
 Which first stage runs: `_mla_split` (plain Triton, every GPU); on sm_90 with Kimi K2.5's widths,
 pages of 64 n tokens and a Triton of `GLUON_TRITON`, `_mla_split_sm90` from 33 and
-`_mla_split_sm90_narrow` up to 16 query rows.
+`_mla_split_sm90_narrow` up to 16 query rows. The second stage is in `_mla_combine`.
 
 Source: DeepSeek-V2, arXiv 2405.04434 section 2.1; split over keys: Flash-Decoding, 2023.
 """
@@ -36,80 +36,42 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kimi_ops._batch_invariant import is_batch_invariant
+from kimi_ops.kernels._e4m3 import FP8_CACHE, is_aligned_fp8
+from kimi_ops.kernels._int4 import takes_assembly
+from kimi_ops.kernels._mla_combine import mla_decode_combine_kernel
 from kimi_ops.kernels._mla_plan import (
     ARCHES_OF,
     MAX_SPLITS,
     TILES,
+    TILES_FP8,
     Plan,
     Tile,
     plan_of,
     table_of,
     tile_of,
 )
-from kimi_ops.kernels._mla_split import LOG2_E, mla_decode_split_kernel, split_bounds
+from kimi_ops.kernels._mla_split import mla_decode_split_kernel
 from kimi_ops.kernels._target import Target, target
+from kimi_ops.quant.latent_fp8 import entry_bytes
 
 BATCH_INVARIANT = True  # then `plan_of` fixes the split size
 
 MAX_RANK, MAX_ROPE = 512, 64
 MAX_CAPACITY = 1 << 30  # tokens of a page table's row: counted in int32
-COMBINE_WARPS = 4
-COMBINE_TILE = 8192  # float32 values that a program of the second stage has in flight
+# One warp holds all splits of its columns, so that nothing goes through shared memory; 64 registers
+# of a thread hold the partials in flight.
+COMBINE_WARPS, COMBINE_TILE = 1, 2048
 # Releases of Triton that `_mla_split_sm90` was compiled with; Gluon changes with each.
 GLUON_TRITON = ("3.7.", "3.8.")
-
-
-@triton.jit
-def mla_decode_combine_kernel(
-    part_ptr,  # [B, num_splits, S * H, C] float32
-    part_lse_ptr,  # [B, S * H, num_splits] float32
-    length_ptr,  # [B]
-    out_ptr,  # [B, S, H, C]
-    lse_ptr,  # [B, S, H]
-    rows,  # S * H
-    capacity,
-    num_splits,
-    min_blocks,
-    stride_length_b,
-    C: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # of the first stage
-    BLOCK_N: tl.constexpr,  # num_splits up to the next power of two
-    BLOCK_C: tl.constexpr,  # columns of one program
-):
-    row = tl.program_id(0).to(tl.int64)
-    b = row // rows
-    length = tl.load(length_ptr + b * stride_length_b)
-    length = tl.minimum(tl.maximum(length, 0), capacity)
-    _, _, used = split_bounds(length, 0, num_splits, min_blocks, BLOCK_T)
-
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_n, mask_c = offs_n < used, offs_c < C
-    part_row = (b * num_splits + offs_n) * rows + row % rows
-    lse = tl.load(part_lse_ptr + row * num_splits + offs_n, mask=mask_n, other=float("-inf"))
-    part = tl.load(  # [BLOCK_N, BLOCK_C], all in flight before the first is used
-        part_ptr + part_row[:, None] * C + offs_c[None, :],
-        mask=mask_n[:, None] & mask_c[None, :],
-        other=0.0,
-    )
-    top = tl.max(lse, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2((lse - base) * LOG2_E)  # a NaN of the first stage goes through
-    total = tl.sum(weight, 0)
-    norm = tl.where(total == 0, 0.0, 1.0 / total)
-    out = tl.sum(part * weight[:, None], 0) * norm
-    tl.store(out_ptr + row * C + offs_c, out.to(out_ptr.dtype.element_ty), mask=mask_c)
-    whole = tl.where(total == 0, float("-inf"), base + tl.log(total))
-    tl.store(lse_ptr + row, whole, mask=tl.program_id(1) == 0)
 
 
 def _padded(width: int) -> int:
@@ -135,6 +97,8 @@ def unsupported(
     capacity = page_table.shape[1] * kv_cache.shape[1]
     if capacity >= MAX_CAPACITY:
         return f"the Triton kernel is for page tables of less than 2^30 tokens, not {capacity}"
+    if kv_cache.dtype == torch.uint8 and not is_aligned_fp8(kv_cache, kv_lora_rank):
+        return f"the Triton kernel: {FP8_CACHE}"
     gpu = target(q_latent.device)
     if gpu.vendor == "cuda" and gpu.capability < 80:
         return f"the Triton kernel is for sm_80 and later, not sm_{gpu.capability}"
@@ -145,6 +109,8 @@ def _fits_gluon(gpu: Target, q_latent: Tensor, kv_cache: Tensor, kv_lora_rank: i
     """Whether this Triton and this call are such as the Gluon kernels for sm_90 were made for."""
     if table_of(gpu) != "sm_90" or not triton.__version__.startswith(GLUON_TRITON):
         return False
+    if kv_cache.dtype == torch.uint8:
+        return False  # their copies bring the cache to shared memory as it is
     return bool(_gluon("_mla_split_sm90").fits(q_latent, kv_cache, kv_lora_rank))
 
 
@@ -190,7 +156,7 @@ def _shared_arguments(
 
 
 def _plain_arguments(
-    q_latent: Tensor, kv_cache: Tensor, kv_lora_rank: int, tile: Tile
+    q_latent: Tensor, kv_cache: Tensor, kv_lora_rank: int, tile: Tile, assembly: bool
 ) -> dict[str, Any]:
     """What `mla_decode_split_kernel` takes besides."""
     rope = q_latent.shape[3] - kv_lora_rank
@@ -205,6 +171,7 @@ def _plain_arguments(
         "BLOCK_C": _padded(kv_lora_rank),
         "BLOCK_R": _padded(rope) if rope else 0,
         "TOKEN_AXIS": tile.token_axis,
+        "ASSEMBLY": assembly and kv_cache.dtype == torch.uint8,
     }
 
 
@@ -225,10 +192,75 @@ def _combine_arguments(
         "min_blocks": plan.min_blocks,
         "stride_length_b": seq_lens.stride(0),
         "C": rank,
-        "BLOCK_T": tile.tokens,
+        "SPLIT_T": tile.tokens,
         "BLOCK_N": plan.partials,
         "BLOCK_C": min(_padded(rank), COMBINE_TILE // plan.partials),
     }
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """How the first stage of a call is cut; `mla_decode_value` begins with it too.
+
+    Attributes:
+        tile, plan: from `_mla_plan`.
+    """
+
+    tile: Tile
+    plan: Plan
+
+    @staticmethod
+    def of(q_latent: Tensor, kv_cache: Tensor, page_table: Tensor, kv_lora_rank: int) -> FirstStage:
+        """From the shapes, strides and alignment of a call."""
+        batch, new, heads, _ = q_latent.shape
+        page_size, rows = kv_cache.shape[1], new * heads
+        gpu = target(q_latent.device)
+        gluon = _fits_gluon(gpu, q_latent, kv_cache, kv_lora_rank)
+        capacity = page_table.shape[1] * page_size
+        tokens = None if is_batch_invariant() else batch * capacity
+        fp8 = kv_cache.dtype == torch.uint8
+        tile = tile_of(gpu, rows, page_size, tokens, gluon=gluon, fp8=fp8)
+        slots = gpu.multiprocessors * tile.per_sm
+        plan = plan_of(tile, slots, batch, rows, capacity, invariant=is_batch_invariant())
+        return FirstStage(tile, plan)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether it can write the op's results itself."""
+        return self.plan.splits == 1 and self.tile.direct
+
+    def partials(self, q_latent: Tensor, kv_lora_rank: int) -> tuple[Tensor, Tensor]:
+        """Memory for what a second stage joins, ``[B, splits, S * H, C]`` and its lse."""
+        batch, new, heads, _ = q_latent.shape
+        rows, splits = new * heads, self.plan.splits
+        part = q_latent.new_empty((batch, splits, rows, kv_lora_rank), dtype=torch.float32)
+        return part, part.new_empty((batch, rows, splits))
+
+    def launch(
+        self,
+        part: Tensor,
+        part_lse: Tensor,
+        q_latent: Tensor,
+        kv_cache: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        scale: float,
+        kv_lora_rank: int,
+    ) -> None:
+        """Writes partial results, or the op's own where it `is_all`."""
+        tile, plan = self.tile, self.plan
+        arguments = _shared_arguments(
+            q_latent, kv_cache, page_table, seq_lens, scale, part, part_lse, plan
+        )
+        arguments |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        grid = (q_latent.shape[0] * plan.splits * plan.row_tiles,)
+        if tile.gluon:
+            kernel = _gluon(tile.gluon).mla_decode_split_sm90_kernel
+            kernel[grid](**arguments, STRIDE_KV_T=kv_cache.stride(1), BLOCK_T=tile.tokens)
+        else:
+            assembly = takes_assembly(q_latent.device)
+            arguments |= _plain_arguments(q_latent, kv_cache, kv_lora_rank, tile, assembly)
+            mla_decode_split_kernel[grid](**arguments)
 
 
 def launch(
@@ -243,35 +275,19 @@ def launch(
     out, lse = outputs
     if lse.numel() == 0:
         return
-    batch, new, heads, _ = q_latent.shape
-    page_size, rows = kv_cache.shape[1], new * heads
-    capacity = page_table.shape[1] * page_size
-    gpu = target(q_latent.device)
-    gluon = _fits_gluon(gpu, q_latent, kv_cache, kv_lora_rank)
-    tile = tile_of(gpu, rows, page_size, gluon=gluon)
-    slots = gpu.multiprocessors * tile.per_sm
-    plan = plan_of(tile, slots, batch, rows, capacity, invariant=is_batch_invariant())
-
-    part, part_lse = out, lse
-    two_stages = plan.splits > 1 or not tile.direct
-    if two_stages:
-        part = out.new_empty((batch, plan.splits, rows, kv_lora_rank), dtype=torch.float32)
-        part_lse = lse.new_empty((batch, rows, plan.splits))
-    arguments = _shared_arguments(
-        q_latent, kv_cache, page_table, seq_lens, scale, part, part_lse, plan
+    stage = FirstStage.of(q_latent, kv_cache, page_table, kv_lora_rank)
+    call = (q_latent, kv_cache, page_table, seq_lens, scale, kv_lora_rank)
+    if stage.is_all:
+        stage.launch(out, lse, *call)
+        return
+    part, part_lse = stage.partials(q_latent, kv_lora_rank)
+    stage.launch(part, part_lse, *call)
+    capacity = page_table.shape[1] * kv_cache.shape[1]
+    arguments = _combine_arguments(
+        out, lse, part, part_lse, seq_lens, capacity, stage.plan, stage.tile
     )
-    arguments |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    grid = (batch * plan.splits * plan.row_tiles,)
-    if tile.gluon:
-        kernel = _gluon(tile.gluon).mla_decode_split_sm90_kernel
-        kernel[grid](**arguments, STRIDE_KV_T=kv_cache.stride(1))
-    else:
-        arguments |= _plain_arguments(q_latent, kv_cache, kv_lora_rank, tile)
-        mla_decode_split_kernel[grid](**arguments)
-    if two_stages:
-        arguments = _combine_arguments(out, lse, part, part_lse, seq_lens, capacity, plan, tile)
-        columns = triton.cdiv(kv_lora_rank, arguments["BLOCK_C"])
-        mla_decode_combine_kernel[(batch * rows, columns)](**arguments, num_warps=COMBINE_WARPS)
+    grid = (lse.numel(), triton.cdiv(kv_lora_rank, arguments["BLOCK_C"]))
+    mla_decode_combine_kernel[grid](**arguments, num_warps=COMBINE_WARPS)
 
 
 def static_cases() -> Iterable[Any]:
@@ -294,20 +310,24 @@ def static_cases() -> Iterable[Any]:
             empty(4, rows, splits, dtype=torch.float32),
         )
 
-    for table, tiles in TILES.items():
-        for tile in (tile for tile in tiles if not tile.gluon):
-            pages = (64,) if tile.within_page else (64, 1, 48)
+    every = [(t, tile, False) for t, tiles in TILES.items() for tile in tiles]
+    every += [(t, tile, True) for t, tiles in TILES_FP8.items() for tile in tiles]
+    for table, tile, fp8 in every:
+        if not tile.gluon:
+            pages = (64,) if tile.within_page else (64, 1) if fp8 else (64, 1, 48)
             uses = [(page, splits, 512, 64) for page in pages for splits in (8, 1)]
             for page, splits, rank, rope in (*uses, (64, 8, 32, 16)):
                 q, kv, page_table, seq_lens, part, part_lse = call(
                     tile.rows, page, splits, rank, rope, tile.direct and splits == 1
                 )
+                if fp8:
+                    kv = empty(99, page, entry_bytes(rank, rope), dtype=torch.uint8)
                 arguments = _shared_arguments(
                     q, kv, page_table, seq_lens, 0.1, part, part_lse, Plan(1, splits, 1, splits)
-                ) | _plain_arguments(q, kv, rank, tile)
+                ) | _plain_arguments(q, kv, rank, tile, table != "gfx942")
                 name = f"{tile.rows}x{tile.tokens}_w{tile.warps}_{rank}_page_{page}_splits_{splits}"
                 yield StaticCase.of_call(
-                    f"split_{table}_{name}", mla_decode_split_kernel, arguments,
+                    f"split_{'fp8_' * fp8}{table}_{name}", mla_decode_split_kernel, arguments,
                     num_warps=tile.warps, num_stages=tile.stages, arches=ARCHES_OF[table],
                 )  # fmt: skip
     if triton.__version__.startswith(GLUON_TRITON):
@@ -317,7 +337,7 @@ def static_cases() -> Iterable[Any]:
                 q, kv, page_table, seq_lens, part, part_lse = tensors
                 arguments = _shared_arguments(
                     q, kv, page_table, seq_lens, 0.1, part, part_lse, Plan(1, splits, 1, splits)
-                ) | {"STRIDE_KV_T": kv.stride(1)}
+                ) | {"STRIDE_KV_T": kv.stride(1), "BLOCK_T": tile.tokens}
                 yield StaticCase.of_call(
                     f"gluon_{tile.rows}x{tile.tokens}_splits_{splits}",
                     _gluon(tile.gluon).mla_decode_split_sm90_kernel, arguments,

@@ -11,17 +11,24 @@ two, so that one unmasked tile holds both; each lane knows which it has:
                                             lane: four 16-byte loads in flight) | a lane
     q_a [T, 1536]                          |------- q_a ----------|
     kv_cache [pages, P, 576]               page slot // P, row slot % P:  |-- c --| k |
+    fp8      [pages, P, 656]                                               codes |scale| k |
+
+In the fp8 format of `kimi_ops.quant.latent_fp8` one more maximum over c gives the scale, and each
+lane makes codes of its own part of c: the same loads, the same single launch.
 
 A slot outside the cache stores nothing there, and any but -1 makes the token's q_a NaN.
 
 Bytes: each row read once and written once, ``4 (Q + C + R)`` a token in 16-bit dtypes, 8,448 B in
-K2.5; the norm weights and frequencies come from L2. Flops: about 6 an element: bound by memory, and
-up to some hundred tokens by one trip there and back. Shared memory: 256 B, for sums over two warps.
+K2.5 (7,952 B with the fp8 cache); the norm weights and frequencies come from L2. Flops: about 6 an
+element: bound by memory, and up to some hundred tokens by one trip there and back. Shared memory:
+256 B, for sums over two warps.
 
 Numerics: squares, sums and roots in float32, rounded to the dtype before the weight as the model
 has it and once after. The angle is ``position * inv_freq`` in float32, the reference's own; its
 sine and cosine are right to 8e-8 at any position (`kimi_ops.kernels._angle`). One tile and one
-order of summation for every T: a token's result does not depend on the batch.
+order of summation for every T: a token's result does not depend on the batch. The fp8 scale and its
+reciprocal are divisions rounded to nearest, and codes are rounded in integers (`_e4m3`): given the
+same normalised latent, the bytes are those of the reference.
 
 Source: DeepSeek-V2, arXiv 2405.04434 section 2.1.
 """
@@ -37,9 +44,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_ops.kernels._angle import sin_cos
+from kimi_ops.kernels._e4m3 import FP8_CACHE, is_aligned_fp8, to_e4m3
 from kimi_ops.kernels._rotate import rotate_pairs
 from kimi_ops.kernels._rows import rms_factor
+from kimi_ops.quant import latent_fp8
 
+LARGEST: tl.constexpr = tl.constexpr(latent_fp8.LARGEST)
+SMALLEST_SCALE: tl.constexpr = tl.constexpr(latent_fp8.SMALLEST_SCALE)
 BATCH_INVARIANT = True  # tiles follow from the width of a token alone
 PER_WARP = 1024  # elements of a row: 32 a lane, all in registers from load to store
 WIDEST = 16384  # 16 warps
@@ -54,7 +65,7 @@ def mla_latent_write_kernel(
     positions_ptr,  # [T]
     inv_freq_ptr,  # [R/2]
     slot_mapping_ptr,  # [T]
-    kv_cache_ptr,  # [num_pages, P, C+R]
+    kv_cache_ptr,  # [num_pages, P, C+R], or uint8 [num_pages, P, C+16+2R]
     q_a_ptr,  # [T, Q], contiguous
     tokens,
     num_slots,  # num_pages * P
@@ -108,7 +119,24 @@ def mla_latent_write_kernel(
     normal = normal.to(q_a_ptr.dtype.element_ty).to(tl.float32)
     y = (weight * normal).to(q_a_ptr.dtype.element_ty)
     tl.store(q_a_ptr + offs_t * Q + offs, y, mask=mask_t & is_q)
-    tl.store(entry_ptr + (offs - Q).to(tl.int64) * stride_cache_d, y, mask=inside & is_c)
+    FP8: tl.constexpr = kv_cache_ptr.dtype.element_ty == tl.uint8
+    if FP8:
+        latent = tl.where(is_c, y.to(tl.float32), 0.0)
+        # What a maximum makes of NaN differs between targets; a comparison is false on all.
+        lost = tl.max(tl.where(tl.abs(latent) < float("inf"), 0, 1), 1, keep_dims=True) > 0
+        largest = tl.max(tl.abs(latent), 1, keep_dims=True)  # [BLOCK_T, 1]
+        scale = tl.maximum(tl.div_rn(largest, LARGEST), SMALLEST_SCALE)
+        codes = to_e4m3(latent * tl.div_rn(1.0, scale))
+        codes = tl.where(lost, 0x7F, codes).to(tl.uint8)
+        scale = tl.where(lost, float("nan"), scale)
+        # Eight bytes a lane: with sixteen, the loads of x would take 32 bytes a lane too.
+        place_c = tl.max_contiguous(offs - Q, (1, 8))
+        tl.store(entry_ptr + place_c, codes, mask=inside & is_c)
+        scale_ptr = (entry_ptr + C).to(tl.pointer_type(tl.float32), bitcast=True)
+        copies = tl.arange(0, 4)[None, :]
+        tl.store(scale_ptr + copies, tl.broadcast_to(scale, (BLOCK_T, 4)), mask=inside)
+    else:
+        tl.store(entry_ptr + (offs - Q).to(tl.int64) * stride_cache_d, y, mask=inside & is_c)
 
     if R > 0:
         offs_r = tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
@@ -119,7 +147,11 @@ def mla_latent_write_kernel(
         freq = tl.load(inv_freq_ptr + offs_m * stride_freq, mask=offs_m < R // 2, other=0.0)
         sin, cos = sin_cos(position.to(tl.float32) * freq)  # [BLOCK_T, BLOCK_R / 2]
         turned = rotate_pairs(key, sin, cos)
-        turned_ptr = entry_ptr + (C + offs_r).to(tl.int64) * stride_cache_d
+        if FP8:
+            rope_ptr = (entry_ptr + (C + 16)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+            turned_ptr, turned = rope_ptr + offs_r, turned.to(tl.bfloat16)
+        else:
+            turned_ptr = entry_ptr + (C + offs_r).to(tl.int64) * stride_cache_d
         tl.store(turned_ptr, turned, mask=inside & (offs_r < R))
 
 
@@ -188,6 +220,8 @@ def unsupported(
             f"mla_latent_write in Triton keeps a token in registers, Q+C up to {WIDEST}, "
             f"got {width}"
         )
+    if kv_cache.dtype == torch.uint8 and not is_aligned_fp8(kv_cache, len(kv_norm_weight)):
+        return f"mla_latent_write in Triton: {FP8_CACHE}"
     return None
 
 

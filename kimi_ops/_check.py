@@ -13,7 +13,8 @@ and `compile_checks` turns that text into one straight-line Python function. The
 the check, the error message and the documentation at once, and a call pays for a few comparisons
 instead of for an interpreter of the notation.
 
-Notation of a tensor argument: ``[optional] [dim, dim, ...] dtypes``.
+Notation of a tensor argument: ``[optional] [dim, dim, ...] dtypes``, or two such forms joined by
+``or``, which differ in dtype and in dims that are expressions.
 
 - A dim is an integer, a letter, or an expression of letters with ``+ * /`` (``2*F``, ``D/8``,
   ``C+R``; division is exact). A letter takes its value where it first can, every other occurrence
@@ -53,6 +54,7 @@ class _TensorSpec:
     """One tensor argument's line of the contract, parsed."""
 
     def __init__(self, name: str, text: str) -> None:
+        text, _, second = text.partition(" or ")
         match = _TENSOR.match(text)
         if match is None:
             raise ValueError(f"not a tensor specification: {name}: {text!r}")
@@ -67,6 +69,21 @@ class _TensorSpec:
         if self.like is None:
             for word in match[3].split("|"):
                 self.dtypes += DTYPE_GROUPS.get(word) or (getattr(torch, word),)
+        # The second of two forms knows the first.
+        self.other = _TensorSpec(name, second) if second else None
+        if self.other is not None:
+            self.other.first = self
+            pairs = zip(self.dims, self.other.dims, strict=True)
+            assert all(a == b or not (a + b).isidentifier() for a, b in pairs), f"{name}: {text}"
+        self.first: _TensorSpec | None = None
+
+    @property
+    def forms(self) -> list[_TensorSpec]:
+        """The one form or both."""
+        return [self, self.other] if self.other else [self]
+
+    def dtypes_in(self, args: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
+        return self.dtypes if self.like is None else (args[self.like].dtype,)
 
     def dtype_text(self, args: Mapping[str, Any]) -> str:
         if self.like is not None:
@@ -130,6 +147,11 @@ class Checks:
             "_fail_overlap": self._fail_overlap,
             "_holds": _holds,
             **{f"_{spec.name}_dtypes": frozenset(spec.dtypes) for spec in self.tensors.values()},
+            **{
+                f"_{spec.name}_other_dtypes": frozenset(spec.other.dtypes)
+                for spec in self.tensors.values()
+                if spec.other
+            },
         }
         exec(compile(self.source, filename, "exec"), namespace)
         self.run: Callable[..., None] = namespace["check"]
@@ -143,9 +165,10 @@ class Checks:
             body += self._known_rules(rules)
         # Letters that stand alone are bound now; what is left are numbers and expressions.
         dims = [
-            (spec, dim, f"{spec.name}_shape[{i - len(spec.dims)}]")
+            (form, dim, f"{form.name}_shape[{i - len(form.dims)}]")
             for spec in self.tensors.values()
-            for i, dim in enumerate(spec.dims)
+            for form in spec.forms
+            for i, dim in enumerate(form.dims)
             if not dim.isidentifier()
         ]
         while dims:
@@ -153,7 +176,7 @@ class Checks:
             if solvable:
                 done = solvable[:1]
                 spec, dim, value = done[0]
-                body += self._guarded(spec, self._expression(spec, dim, value))
+                body += self._form(spec, self._expression(spec, dim, value))
             else:  # the first expression stands for one unknown number
                 done = [d for d in dims if d[1] == dims[0][1]]
                 body += self._unknown(done)
@@ -164,9 +187,17 @@ class Checks:
         return [f"def check({', '.join(self.params)}):", *(f"    {line}" for line in body)]
 
     def _guarded(self, spec: _TensorSpec, lines: list[str]) -> list[str]:
-        if not spec.optional:
-            return lines
-        return [f"if {spec.name} is not None:", *(f"    {line}" for line in lines)]
+        if spec.optional:
+            return [f"if {spec.name} is not None:", *(f"    {line}" for line in lines)]
+        return lines
+
+    def _form(self, spec: _TensorSpec, lines: list[str]) -> list[str]:
+        """Lines about an expression of one form: they hold for tensors of that form's dtype."""
+        if spec.other or spec.first:
+            isin = "not in" if spec.other else "in"
+            head = f"if {spec.name}.dtype {isin} _{spec.name}_other_dtypes:"
+            lines = [head, *(f"    {line}" for line in lines)]
+        return self._guarded(spec, lines)
 
     def _metadata(self, spec: _TensorSpec) -> list[str]:
         """Dtype, rank, device, and the dims that are a single letter."""
@@ -175,6 +206,8 @@ class Checks:
             dtype = f"{name}.dtype is not {spec.like}.dtype"
         else:
             dtype = f"{name}.dtype not in _{name}_dtypes"
+        if spec.other:
+            dtype = f"({dtype} and {name}.dtype not in _{name}_other_dtypes)"
         rank = f"len({name}_shape) {'<' if spec.prefix else '!='} {len(spec.dims)}"
         conditions = [dtype] + ([rank] if spec.dims or not spec.prefix else [])
         lines, equal = [], []
@@ -247,18 +280,18 @@ class Checks:
         tensor = env[name]
         first = next(iter(self.tensors))
         got = f"{[_plain(n) for n in tensor.shape]} {_dtype_name(tensor.dtype)}"
-        expected = f"{spec.shape_text} {spec.dtype_text(env)}"
-        like = spec.dtypes if spec.like is None else (env[spec.like].dtype,)
-        if tensor.dtype not in like:
+        expected = " or ".join(f"{f.shape_text} {f.dtype_text(env)}" for f in spec.forms)
+        if not any(tensor.dtype in form.dtypes_in(env) for form in spec.forms):
             raise TypeError(f"{self.op}: {name} must be {expected}, got {got}")
         if tensor.device != env[first].device:
             raise ValueError(
                 f"{self.op}: {name} must be on {env[first].device} like {first}, "
                 f"got {tensor.device}"
             )
-        letters = list(dict.fromkeys(n for d in spec.dims for n in _letters(d)))
+        dims = [d for form in spec.forms for d in form.dims]
+        letters = list(dict.fromkeys(n for d in dims for n in _letters(d)))
         values = {n: env[n] for n in letters if n in env and not isinstance(env[n], torch.Tensor)}
-        values |= {d: env[s] for d in spec.dims if (s := re.sub(r"\W+", "_", d)) in env and s != d}
+        values |= {d: env[s] for d in dims if (s := re.sub(r"\W+", "_", d)) in env and s != d}
         if spec.prefix and "_prefix" in env:
             values["..."] = [_plain(n) for n in env["_prefix"]]
         where = ", ".join(f"{n} = {_plain(v)}" for n, v in values.items())

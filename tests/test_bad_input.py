@@ -92,6 +92,8 @@ BAD_VALUES = [
     ("mla_decode", "kv_cache", torch.zeros(3, 0, 48), "P must satisfy P > 0, got P = 0"),
     ("mla_decode", "kv_lora_rank", 0, "0 < kv_lora_rank <= q_latent.shape[-1], got kv_lora"),
     ("mla_decode", "kv_lora_rank", 49, "got kv_lora_rank = 49, q_latent = [5, 2, 4, 48]"),
+    ("mla_decode_value", "kv_cache", torch.zeros(3, 0, 48), "P must satisfy P > 0, got P = 0"),
+    ("mla_decode_value", "kv_lora_rank", 49, "got kv_lora_rank = 49, q_latent = [5, 2, 4, 48]"),
     ("mla_prefill", "max_seqlen_q", -1, "max_seqlen_q must satisfy"),
     ("mla_prefill", "max_seqlen_k", -1, "max_seqlen_k must satisfy"),
     ("mla_prefill", "cu_seqlens_q", torch.zeros(0, dtype=torch.int32), "must be [B+1] int32"),

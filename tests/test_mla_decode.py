@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -159,7 +161,8 @@ def test_every_tile_compiles_without_spills_for_its_tensor_cores(built, arch, re
     assert_no_spills(report)
     assert_shared_memory_fits(report)
     if built.name.startswith("split"):
-        assert_uses(report, TENSOR_INSTRUCTION.get(arch, "HMMA"))
+        old = "fp8_sm_100" in built.name  # 32 rows: too few for tcgen05, whose tiles spilled
+        assert_uses(report, "HMMA" if old else TENSOR_INSTRUCTION.get(arch, "HMMA"))
         if arch != "gfx942":
             assert_wide_loads(report, narrow_allowed=100)
 
@@ -176,12 +179,16 @@ def test_gluon_kernels_compile_without_spills(tile, splits):
     assert_uses(report, "HGMMA")
 
 
-@pytest.mark.parametrize(("arch", "heads"), [(80, 16), (80, 64), (90, 16), (90, 64)])
-def test_the_cache_is_read_once_in_whole_sectors(arch, heads):
+@pytest.mark.parametrize(
+    ("arch", "heads", "multiprocessors"),
+    # The last one has a block of 128 tokens for each multiprocessor, the one before it has not.
+    [(80, 16, 108), (80, 64, 108), (90, 16, 132), (90, 64, 132), (90, 64, 4)],
+)
+def test_the_cache_is_read_once_in_whole_sectors(arch, heads, multiprocessors):
     """512 tokens of K2.5's widths in two splits: bytes, sectors, wavefronts against the floor."""
     args = _call((512,), heads=heads)
     with (
-        targeting(target_of(arch)),
+        targeting(replace(target_of(arch), multiprocessors=multiprocessors)),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(kernels, "plan_of", lambda tile, *_, **__: Plan(1, 2, 1, 2))
@@ -190,6 +197,8 @@ def test_the_cache_is_read_once_in_whole_sectors(arch, heads):
     combine = reports.pop("mla_decode_combine_kernel")
     ((_, split),) = reports.items()
     q, cache, table, lens, *_ = args
+    if arch == 90:
+        assert split.total.shared_wavefronts <= 1300 * 512 / 32
     floor = cache.nbytes + 2 * (q.nbytes + lens.nbytes) + table.nbytes
     assert split.total.global_load_bytes <= 1.05 * floor
     assert split.unique_read_bytes <= 1.01 * (cache.nbytes + q.nbytes) + 64

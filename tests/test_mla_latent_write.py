@@ -119,3 +119,26 @@ def test_angles_do_not_go_through_approximate_sines(arch):
     for word in ("sin.approx", "cos.approx", ".local"):
         assert word not in ptx, word
     assert "ld.global.v4" in ptx
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_fp8_cache_is_written_in_the_same_launch(arch):
+    from kimi_ops.kernels import mla_latent_write as kernel
+
+    args = _arguments(4, fp8=True)
+    before = args[6].clone()
+    with emulated(arch=arch) as emulation:
+        kernel.launch(torch.empty(4, 1536).bfloat16(), *args)
+    ((_, report),) = emulation.launches
+    assert report.total.global_store_bytes == 4 * (2 * 1536 + 656)
+    # Every other token starts in the middle of a sector.
+    assert report.total.global_sectors <= 1.05 * report.total.global_sectors_ideal
+    kernels = args[6].clone()
+    args[6].copy_(before)
+    mla_latent_write(*args)
+    assert (kernels != args[6]).float().mean() < 0.01
+    slots = args[5].long()
+    # Given the same latent the bytes are the same: zeros, NaN and the scale's four copies.
+    for token in (0, 2):
+        page, row = divmod(int(slots[token]), 64)
+        assert torch.equal(kernels[page, row, :528], args[6][page, row, :528])

@@ -503,3 +503,37 @@ def test_full_size_model_without_its_weights():
     shapes = 60 * 384 * 3 * 2 * 4
     assert sum(p.nbytes for p in parameters.values()) == 595_148_192_736 - shapes
     assert not any(p.requires_grad for p in parameters.values())
+
+
+def test_fp8_cache_stays_near_the_plain_one(folder, prompts):
+    model = KimiK25.from_pretrained(folder)
+    tokens = torch.tensor(prompts[2])
+    logits = {}
+    for cache_format in ("plain", "fp8"):
+        for sizes in ([70], [40, 30], [50] + [1] * 20):
+            cache = model.new_cache(num_pages=9, page_size=8, cache_format=cache_format)
+            sequence, parts = cache.add_sequence(), []
+            for piece in tokens.split(sizes):
+                step = cache.extend([sequence], [len(piece)])
+                x = model.hidden_states(model.embed(piece), step, cache)
+                parts.append(model.language.logits(x))
+            logits[cache_format, len(sizes)] = torch.cat(parts)
+    rank, rope = 32, 16
+    text = model.config.text_config
+    assert (text.kv_lora_rank, text.qk_rope_head_dim) == (rank, rope)
+    assert cache.pages[0].dtype == torch.uint8
+    assert cache.pages[0].shape == (9, 8, rank + 16 + 2 * rope)
+    spread = logits["plain", 1].std()
+    for pieces in (1, 2, 21):
+        error = (logits["fp8", pieces] - logits["plain", pieces]).square().mean().sqrt() / spread
+        assert 0 < error < 0.2, pieces
+
+
+def test_generates_with_an_fp8_cache(folder, prompts):
+    model = KimiK25.from_pretrained(folder)
+    result = model.generate(prompts, max_new_tokens=6, cache_format="fp8")
+    assert [len(tokens) for tokens in result.tokens] == [6] * len(prompts)
+    again = model.generate(prompts, max_new_tokens=6, cache_format="fp8", prefill_chunk=11)
+    assert again.finish_reasons == result.finish_reasons == ["length"] * len(prompts)
+    with pytest.raises(KimiError, match="cache_format must be one of plain, fp8, got 'fp4'"):
+        model.generate(prompts, max_new_tokens=1, cache_format="fp4")

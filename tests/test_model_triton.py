@@ -107,14 +107,19 @@ class _Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("tokens", "value"), [(9, "mla_project_value"), (70, "mla_decode_value")])
 @torch.no_grad()
-def test_a_moe_layer_at_decode_is_eleven_kernels_and_three_matrix_products(tmp_path):
+def test_a_moe_layer_at_decode_is_eleven_kernels_and_three_matrix_products(tmp_path, tokens, value):
+    """Also where attention is split over the cached tokens: its parts are joined in the kernel that
+    projects."""
     layers = 3  # the first one dense
     make_checkpoint(tmp_path / "c", tiny_config(text={"num_hidden_layers": layers}), seed=5)
     model = KimiK25.from_pretrained(tmp_path / "c")
-    cache = model.new_cache(num_pages=4, page_size=7)
+    cache = model.new_cache(num_pages=tokens // 7 + 1, page_size=7)
     sequence = cache.add_sequence()
-    model.hidden_states(model.embed(torch.arange(9)), cache.extend([sequence], [9]), cache)
+    model.hidden_states(
+        model.embed(torch.arange(tokens)), cache.extend([sequence], [tokens]), cache
+    )
 
     x, recorder = model.language.embed(torch.tensor([11])), _Recorder()
     step = cache.extend([sequence], [1])
@@ -125,8 +130,8 @@ def test_a_moe_layer_at_decode_is_eleven_kernels_and_three_matrix_products(tmp_p
     kernels = [launch.kernel for launch in report.launches]
     routed = [n for n, name in enumerate(kernels) if name.startswith("moe_route")]
     assert len(routed) == layers - 1
-    # From router to router. A long context adds one: decode's splits are then combined.
-    assert routed[1] - routed[0] == 11, kernels
+    assert routed[1] - routed[0] == 11, kernels  # from router to router
+    assert sum(name.startswith(value) for name in kernels) == layers, kernels
     others = [name for name in recorder.names if not name.startswith("kimi_ops.")]
     assert set(others) == {"aten.mm.default"}  # nothing copies, casts, concatenates or fills
     dense = 2  # the first layer's gate and up in one, and down

@@ -243,6 +243,17 @@ def test_registers_that_nobody_wrote():
         with pytest.raises(Uninitialised, match="register"):
             run(store + use, out)
         run(store + use, out, checks=Checks(registers=False))
+    # Halves and bytes that are dropped again.
+    join = store + "mov.b32 %r2, {%h0, %h1}; {} st.global.b32 [%d9], %r3;"
+    dropped = "mov.b16 %h0, 3; "
+    run(dropped + join.replace("{}", "mov.b32 {%h2, _}, %r2; mov.b32 %r3, {%h2, %h0};"), out)
+    run(dropped + join.replace("{}", "prmt.b32 %r3, %r2, %r0, 0x4510;"), out)
+    for kept in (
+        "mov.b32 {_, %h2}, %r2; mov.b32 %r3, {%h2, %h0};",
+        "prmt.b32 %r3, %r2, 0, 0x0210;",
+    ):
+        with pytest.raises(Uninitialised, match="register"):
+            run(dropped + join.replace("{}", kept), out)
     # A shuffle may carry what nobody uses.
     run(store + "shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1; @%p0 st.global.b32 [%d9], %r2;"
         .replace("@%p0", "setp.lt.u32 %p0, %r0, 6; @%p0"), out)  # fmt: skip

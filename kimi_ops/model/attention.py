@@ -14,6 +14,7 @@ from kimi_ops.model.config import TextConfig
 from kimi_ops.model.parameters import Parameters
 from kimi_ops.model.rope import rotate
 from kimi_ops.model.weight_map import TensorSpec
+from kimi_ops.quant import latent_fp8
 
 
 class LatentAttention(Parameters):
@@ -45,7 +46,8 @@ class LatentAttention(Parameters):
         Args:
             x: ``[T, D]``, normalised.
             step: where the tokens stand.
-            pages: ``[num_pages, P, C+R]``, the layer's cache; written.
+            pages: ``[num_pages, P, C+R]``, the layer's cache, or ``[num_pages, P, C+16+2R]`` uint8
+                in the fp8 format; written.
             inv_freq: ``[R/2]`` float32.
 
         Returns:
@@ -76,15 +78,16 @@ class LatentAttention(Parameters):
     ) -> Tensor:
         nope = self.config.qk_nope_head_dim
         q_latent = kimi_ops.mla_absorb_query(q, kv_b[:, :nope], step.positions, inv_freq)
-        out, _ = kimi_ops.mla_decode(
+        value = kimi_ops.mla_decode_value(
             q_latent.view(len(step.new_tokens), step.new_tokens[0], *q_latent.shape[1:]),
             pages,
             step.page_table,
             step.seq_lens,
+            kv_b[:, nope:],
             self.config.softmax_scale,
             kv_lora_rank=self.config.kv_lora_rank,
         )
-        return kimi_ops.mla_project_value(out.flatten(0, 1), kv_b[:, nope:])
+        return value.flatten(0, 1)
 
     def _materialised(self, q: Tensor, step: Step, pages: Tensor, inv_freq: Tensor) -> Tensor:
         nope = self.config.qk_nope_head_dim
@@ -102,6 +105,8 @@ class LatentAttention(Parameters):
         config = self.config
         heads, nope = config.num_attention_heads, config.qk_nope_head_dim
         entries = pages.flatten(0, 1)[chunk.slots]
+        if entries.dtype == torch.uint8:
+            entries = latent_fp8.unpack(entries, config.kv_lora_rank, q.dtype)
         latent, rotary = entries[:, : config.kv_lora_rank], entries[:, config.kv_lora_rank :]
         expanded = F.linear(latent, self.kv_b).view(len(entries), heads, -1)
         key = torch.cat((expanded[..., :nope], rotary[:, None].expand(-1, heads, -1)), dim=-1)

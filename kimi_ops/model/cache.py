@@ -1,8 +1,9 @@
 """The paged latent cache: which page holds which token of which sequence.
 
 Per token and layer the cache holds the normalised latent and the rotated key part, C + R values
-(576 in Kimi K2.5: 70,272 bytes a token over 61 layers in bfloat16). Pages are shared by all
-sequences; a sequence owns the pages in its row of the page table until it is released.
+(576 in Kimi K2.5: 70,272 bytes a token over 61 layers in bfloat16, 40,016 in the fp8 format). Pages
+are shared by all sequences; a sequence owns the pages in its row of the page table until it is
+released.
 Bookkeeping is done on the host: planning a step reads nothing back from the device, and writes to
 it what is new, not the table again.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +22,18 @@ from kimi_ops.model.config import KimiK25Config
 from kimi_ops.model.errors import KimiError, check_count
 from kimi_ops.model.settings import usable_device
 from kimi_ops.model.weight_map import check_layers
+from kimi_ops.quant import latent_fp8
 
 DECODE_TOKENS = 16  # up to this many new tokens per sequence attend in absorbed form
+CacheFormat = Literal["plain", "fp8"]
 KEYS_AT_ONCE = 4096  # keys that prefill expands to heads at a time: 160 MiB at full size
+
+
+def check_format(cache_format: object) -> None:
+    """Raises `KimiError` for what is no `CacheFormat`."""
+    if cache_format not in get_args(CacheFormat):
+        formats = ", ".join(get_args(CacheFormat))
+        raise KimiError(f"cache_format must be one of {formats}, got {cache_format!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -95,16 +106,19 @@ class LatentCache:
         page_size: tokens per page.
         max_sequences: rows of the page table at first; it doubles when they do not suffice.
         dtype, device: of the pages; those of the model.
+        cache_format: "plain" holds values of ``dtype``; "fp8" the bytes of
+            `kimi_ops.quant.latent_fp8`, a little over half of those of bfloat16.
         layers: decoder layers that are kept; all if None.
 
     Attributes:
-        pages: ``[num_pages, P, C+R]`` of each layer.
+        pages: ``[num_pages, P, C+R]`` of each layer, or ``[num_pages, P, C+16+2R]`` uint8.
         page_table: ``[max_sequences, columns]`` int32, a row per sequence (`row`), -1 where unused;
             as many columns as the longest sequence can have pages.
         seq_lens: ``[max_sequences]`` int32, tokens of each row.
 
     Raises:
-        KimiError: a number that is no integer of at least 1, or ``max_pages`` below ``num_pages``.
+        KimiError: a number that is no integer of at least 1, ``max_pages`` below ``num_pages``, or
+            an unknown format.
     """
 
     def __init__(
@@ -117,12 +131,14 @@ class LatentCache:
         max_sequences: int = 16,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
+        cache_format: CacheFormat = "plain",
         layers: range | None = None,
     ) -> None:
         kept = check_layers(config, layers)
         self.device = usable_device(device)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise KimiError(f"cache: dtype must be a float torch.dtype, got {dtype!r:.80}")
+        check_format(cache_format)
         max_pages = num_pages if max_pages is None else max_pages
         for name, value in (
             ("num_pages", num_pages),
@@ -137,7 +153,10 @@ class LatentCache:
         self.page_size = page_size
         self.max_pages = max_pages
         self.max_positions = text.max_position_embeddings
-        width = text.kv_lora_rank + text.qk_rope_head_dim
+        rank, rope = text.kv_lora_rank, text.qk_rope_head_dim
+        width = rank + rope
+        if cache_format == "fp8":
+            width, dtype = latent_fp8.entry_bytes(rank, rope), torch.uint8
         self.pages = {
             layer: torch.empty((num_pages, page_size, width), dtype=dtype, device=self.device)
             for layer in kept

@@ -31,6 +31,7 @@ from kimi_ops.model.random_files import has_random_weights
 from kimi_ops.model.tokenizer import KimiTokenizer
 
 if TYPE_CHECKING:
+    from kimi_ops.model.cache import CacheFormat
     from kimi_ops.model.kimi import KimiK25
 
 DEFAULT_NEW_TOKENS = 1024
@@ -198,6 +199,7 @@ def answer(
     max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
     on_event: Callable[[Event], None] | None = None,
+    cache_format: CacheFormat = "plain",
 ) -> Answer:
     """Runs the model on a prompt.
 
@@ -206,6 +208,7 @@ def answer(
         max_new_tokens: as `KimiK25.generate`, but 1,024 where neither it nor the checkpoint says.
         sampling: as `KimiK25.generate`.
         on_event: called with each step of the output as soon as it is certain.
+        cache_format: as `KimiK25.generate`.
 
     Returns:
         The parsed answer; after Ctrl-C that of the tokens there are, "interrupted".
@@ -233,6 +236,7 @@ def answer(
         grid_thws=prompt.media.grid_thws,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
+        cache_format=cache_format,
         # What ends a turn ends the answer, whatever else the checkpoint names.
         stop_ids={*tokenizer.stop_ids, *(model.generation_config.stop_ids or ())},
         on_token=on_token,

@@ -15,7 +15,7 @@ from torch import Tensor
 from kimi_ops.model.errors import KimiError, check_count
 
 if TYPE_CHECKING:
-    from kimi_ops.model.cache import LatentCache
+    from kimi_ops.model.cache import CacheFormat, LatentCache
     from kimi_ops.model.kimi import KimiK25
 
 _NUCLEUS = 1024  # tokens among which a nucleus is looked for first
@@ -177,6 +177,7 @@ def generate(
     on_token: Callable[[int, int], None] | None,
     prefill_chunk: int,
     page_size: int,
+    cache_format: CacheFormat,
 ) -> Generation:
     """See `KimiK25.generate`; ``encode_media`` gives ``[M, D]`` for all placeholders.
 
@@ -228,6 +229,7 @@ def generate(
             max_pages=sum(-(-room // page_size) for room in rooms),
             page_size=page_size,
             max_sequences=len(prompts),
+            cache_format=cache_format,
         )
         for number, tokens in enumerate(result.tokens):
             generator = _stream(sampling.seed, number)

@@ -21,6 +21,7 @@ from kimi_ops.model.settings import usable_device
 from kimi_ops.model.weight_map import parse_layers
 
 if TYPE_CHECKING:
+    from kimi_ops.model.cache import CacheFormat
     from kimi_ops.model.kimi import KimiK25
 
 # (temperature, top_p) recommended on Kimi K2.5's model card.
@@ -84,6 +85,7 @@ class Engine:
     max_new_tokens: int | None
     stream: bool
     load_seconds: float
+    cache_format: CacheFormat = "plain"
 
     def build(self, messages: list[dict[str, Any]]) -> Prompt:
         """The prompt of a conversation. Raises `KimiError`."""
@@ -102,6 +104,7 @@ class Engine:
                 max_new_tokens=self.max_new_tokens,
                 sampling=self.sampling,
                 on_event=sink,
+                cache_format=self.cache_format,
             )
             if display is not None and not self.stream:
                 for event in events:
@@ -198,6 +201,7 @@ def load(
         max_new_tokens=args.max_new_tokens,
         stream=not args.no_stream,
         load_seconds=time.perf_counter() - started,
+        cache_format=args.cache_format,
     )
 
 

@@ -7,6 +7,7 @@ from kimi_ops.ops.int4_linear import int4_linear
 from kimi_ops.ops.merge_attention import merge_attention
 from kimi_ops.ops.mla_absorb_query import mla_absorb_query
 from kimi_ops.ops.mla_decode import mla_decode
+from kimi_ops.ops.mla_decode_value import mla_decode_value
 from kimi_ops.ops.mla_latent_write import mla_latent_write
 from kimi_ops.ops.mla_prefill import mla_prefill
 from kimi_ops.ops.mla_project_value import mla_project_value
@@ -27,6 +28,7 @@ __all__ = [
     "merge_attention",
     "mla_absorb_query",
     "mla_decode",
+    "mla_decode_value",
     "mla_latent_write",
     "mla_prefill",
     "mla_project_value",

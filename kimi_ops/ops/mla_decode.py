@@ -27,8 +27,9 @@ _op = define_op(
     "mla_decode(Tensor q_latent, Tensor kv_cache, Tensor page_table, Tensor seq_lens, float scale,"
     " int kv_lora_rank=512) -> (Tensor, Tensor)",
     checks={
-        "q_latent": "[B, S, H, C+R] float",
-        "kv_cache": "[num_pages, P, C+R] like q_latent",
+        "q_latent": "[B, S, H, kv_lora_rank+R] float",
+        "kv_cache": "[num_pages, P, kv_lora_rank+R] like q_latent"
+        " or [num_pages, P, kv_lora_rank+16+2*R] uint8",
         "page_table": "[B, max_pages] int32",
         "seq_lens": "[B] int32",
         "P": "P > 0",
@@ -58,7 +59,8 @@ def mla_decode(
 
     Args:
         q_latent: ``[B, S, H, C+R]`` bfloat16, float16, float32 or float64.
-        kv_cache: ``[num_pages, P, C+R]``, dtype of ``q_latent``; any page size P. A NaN or
+        kv_cache: ``[num_pages, P, C+R]``, dtype of ``q_latent``, or ``[num_pages, P, C+16+2R]``
+            uint8, the fp8 format of `kimi_ops.quant.latent_fp8`; any page size P. A NaN or
             infinity in a new token's entry may reach the S results of its sequence, also those
             that the causal rule hides it from.
         page_table: ``[B, max_pages]`` int32; token t of sequence b is in page

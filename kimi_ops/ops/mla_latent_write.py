@@ -32,7 +32,7 @@ _op = define_op(
         "positions": "[T] int",
         "inv_freq": "[R/2] float32",
         "slot_mapping": "[T] int",
-        "kv_cache": "[num_pages, P, C+R] like qkv_a",
+        "kv_cache": "[num_pages, P, C+R] like qkv_a or [num_pages, P, C+16+2*R] uint8",
         "P": "P > 0",
         "eps": "eps >= 0",
     },
@@ -66,7 +66,8 @@ def mla_latent_write(
         slot_mapping: ``[T]`` int32 or int64: ``page * P + offset`` of the token. A slot outside
             the cache writes nothing: -1 on purpose (padding), any other also makes the token's
             ``q_a`` NaN, so that a wrong slot is seen. Slots in the cache must differ.
-        kv_cache: ``[num_pages, P, C+R]``, dtype of ``qkv_a``; **written**.
+        kv_cache: ``[num_pages, P, C+R]``, dtype of ``qkv_a``, or ``[num_pages, P, C+16+2R]`` uint8,
+            the fp8 format of `kimi_ops.quant.latent_fp8`; **written**.
         eps: added to both mean squares.
 
     Returns:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kimi_ops.reference import runs_anything as unsupported
 from kimi_ops.reference import widen
+from kimi_ops.reference._latent_fp8 import unpack
 
 __all__ = ["launch", "mla_decode", "unsupported"]
 
@@ -19,8 +20,8 @@ def mla_decode(
     scale: float,
     kv_lora_rank: int,
 ) -> tuple[Tensor, Tensor]:
-    num_pages, page_size, width = kv_cache.shape
-    batch, new, _, _ = q_latent.shape
+    num_pages, page_size, _ = kv_cache.shape
+    batch, new, _, width = q_latent.shape
     device = q_latent.device
     length = seq_lens.long().clamp(0, page_table.shape[1] * page_size)
     capacity = max(length.tolist(), default=0)
@@ -31,8 +32,10 @@ def mla_decode(
     page = page_table.long()[:, token // page_size]
     used = token < length[:, None]
     present = used & (page >= 0) & (page < num_pages)
-    kv = kv_cache.new_zeros((batch, capacity, width))
-    kv[present] = kv_cache[page[present], (token % page_size).expand_as(page)[present]]
+    kv = q_latent.new_zeros((batch, capacity, width))
+    entry = kv_cache[page[present], (token % page_size).expand_as(page)[present]]
+    fp8 = kv_cache.dtype == torch.uint8
+    kv[present] = unpack(entry, kv_lora_rank, kv.dtype) if fp8 else entry
 
     limit = length[:, None] - torch.arange(new - 1, -1, -1, device=device)
     hidden = token >= limit[..., None]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kimi_ops.reference import runs_anything as unsupported
+from kimi_ops.reference._latent_fp8 import pack
 from kimi_ops.reference._rotate import rope
 from kimi_ops.reference.rms_norm import rms_norm
 
@@ -29,6 +30,8 @@ def mla_latent_write(
     entry = torch.cat(
         (rms_norm(latent, kv_norm_weight, eps), rope(key, positions, inv_freq)), dim=1
     )
+    if kv_cache.dtype == torch.uint8:
+        entry = pack(entry, len(kv_norm_weight))
     slots = slot_mapping.long()
     inside = (slots >= 0) & (slots < kv_cache.shape[0] * kv_cache.shape[1])
     page_size = kv_cache.shape[1]

@@ -98,16 +98,37 @@ def assert_close_to_oracle(
     exact = torch.where(finite, oracle, zero)
     error = torch.where(finite, actual.double() - exact, zero)
     naive = torch.where(finite, baseline.double() - exact, zero)
-    rounding = torch.finfo(actual.dtype).eps / 2
+    budget = budget_of(naive, exact, actual.dtype, relative=relative)
+    worst = worst_within(name, actual, oracle, error, budget)
+    assert_no_lean(name, error, naive, exact, torch.finfo(actual.dtype).eps / 2)
+    return worst
+
+
+def budget_of(
+    naive: Tensor, exact: Tensor, dtype: torch.dtype, *, relative: bool = False
+) -> Tensor:
+    """What each element of a result in ``dtype`` may be off.
+
+    Args:
+        naive: errors of the baseline.
+        exact: the oracle, finite.
+        dtype: of the result.
+        relative: as in `assert_close_to_oracle`.
+    """
     if relative:
-        share = torch.where(exact == 0, zero, naive.abs() / exact.abs())
+        share = torch.where(exact == 0, 0, naive.abs() / exact.abs())
         allowed = _row_maximum(share) * exact.abs()
     else:
         allowed = _row_maximum(naive.abs()).expand_as(exact)
-    budget = 2 * (allowed + rounding * exact.abs())
+    info = torch.finfo(dtype)
     # Below the smallest subnormal step no kernel can be closer than rounding to it.
-    budget = budget + torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+    return 2 * (allowed + info.eps / 2 * exact.abs()) + info.smallest_normal * info.eps
 
+
+def worst_within(
+    name: str, actual: Tensor, oracle: Tensor, error: Tensor, budget: Tensor
+) -> Comparison:
+    """Asserts that each error is within its budget; returns the worst element."""
     at = int((error.abs() / budget).argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), actual.shape))
     worst = Comparison(
@@ -121,7 +142,6 @@ def assert_close_to_oracle(
     )
     over = int((error.abs() > budget).sum())
     assert over == 0, f"{over} elements over budget; worst {worst}"
-    _assert_no_lean(name, error, naive, exact, rounding)
     return worst
 
 
@@ -134,9 +154,7 @@ def _row_maximum(x: Tensor) -> Tensor:
     return x.amax(dim=tuple(range(-dims, 0)), keepdim=True) if dims else x
 
 
-def _assert_no_lean(
-    name: str, error: Tensor, naive: Tensor, exact: Tensor, rounding: float
-) -> None:
+def assert_no_lean(name: str, error: Tensor, naive: Tensor, exact: Tensor, rounding: float) -> None:
     """The mean error, signed so that growing counts as positive, relative to the mean magnitude.
 
     Independent roundings average out: n errors of relative size r leave about r / sqrt(n), of which

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_ops.quant import latent_fp8
 from kimi_ops.testing.inputs import DTYPE_NAMES, add, normal, strided
 
 _SCALE = 0.1446796  # of Kimi K2.5: 192**-0.5 times the square of the YaRN factor
@@ -35,8 +36,14 @@ def mla_latent_write(
     page: int = 64,
     dtype: torch.dtype = BF16,
     wide: bool = False,
+    fp8: bool = False,
+    tiny: bool = False,
 ) -> tuple[Any, ...]:
-    """Shuffled slots, some of them -1, absurd or past the end; the cache full of NaN."""
+    """Shuffled slots, some of them -1, absurd or past the end; the cache full of NaN.
+
+    With an ``fp8`` cache token 0 has a latent of zeros, 2 and 5 one that is not finite; ``tiny``
+    makes the latents so small that their scale would be subnormal.
+    """
     q, c, r = widths
     pages = tokens // page + 3
     qkv_a = normal(generator, tokens, q + c + r, dtype=dtype)
@@ -45,10 +52,16 @@ def mla_latent_write(
         slots[1], slots[3], slots[4] = -1, pages * page, -7
     cache = torch.full((pages, page, c + r), torch.nan, dtype=dtype)
     cache[0] = 3.0
+    if fp8:
+        qkv_a[:1, q : q + c] = 0
+        qkv_a[2:3, q] = torch.nan
+        qkv_a[5:6, q + 1] = torch.inf
+        cache = torch.full((pages, page, latent_fp8.entry_bytes(c, r)), 255, dtype=torch.uint8)
+        cache[0] = 3
     return (
         strided(qkv_a) if wide else qkv_a,
         normal(generator, q, dtype=dtype),
-        normal(generator, c, dtype=dtype),
+        normal(generator, c, dtype=dtype, std=1e-36 if tiny else 1.0),
         positions(generator, tokens),
         inv_freq(r),
         slots if wide else slots.int(),
@@ -83,17 +96,23 @@ def mla_decode(
     large: bool = False,
     lost: bool = False,
     table_pages: int = 0,
+    fp8: bool = False,
 ) -> tuple[Any, ...]:
     """Sequences in shuffled pages; NaN past each length, absurd ids past each last page.
 
     ``table_pages`` widens the page table as an engine does that sizes it for the longest context;
     ``large`` makes scores of several hundred, where a softmax without its maximum overflows;
-    ``lost`` puts an absurd id into the used part of the last sequence's table.
+    ``lost`` puts an absurd id into the used part of the last sequence's table. In an ``fp8`` cache
+    the scales of neighbours differ by powers of 2, some latents are zeros, and the copies of the
+    scale that a kernel must not need are NaN.
     """
     c, r = widths
     batch = len(lengths)
     max_pages = max(1, *((n + page - 1) // page for n in lengths)) + 2
     cache = torch.full((batch * max_pages + 1, page, c + r), torch.nan, dtype=dtype)
+    if fp8:
+        width = latent_fp8.entry_bytes(c, r)
+        cache = torch.full((*cache.shape[:2], width), 255, dtype=torch.uint8)
     ids = torch.randperm(len(cache), generator=generator).tolist()
     columns = max(max_pages, table_pages)
     table = torch.tensor(_ABSURD_PAGES * (batch * columns), dtype=torch.int32)
@@ -103,11 +122,25 @@ def mla_decode(
             table[b, first // page] = ids.pop()
             count = min(page, length - first)
             values = normal(generator, count, c + r, dtype=dtype, std=4.0 if large else 1.0)
+            if fp8:
+                values[:, :c] *= torch.exp2((torch.arange(count) + b) % 4 - 2.0)[:, None].to(dtype)
+                values[5::16, :c] = 0
+                values = latent_fp8.pack(values, c)
+                values[:, c + 4 : c + latent_fp8.SCALE_BYTES] = 255
             cache[table[b, first // page], :count] = values
     if lost:
         table[-1, 0] = len(cache)
     q = normal(generator, batch, new, heads, c + r, dtype=dtype, std=4.0 if large else 0.25)
     return q, cache, table, torch.tensor(lengths, dtype=torch.int32), _SCALE, c
+
+
+def mla_decode_value(
+    generator: torch.Generator, lengths: tuple[int, ...], heads: int, value: int = 128, **kind: Any
+) -> tuple[Any, ...]:
+    """As `mla_decode`; the weight as the value rows of ``kv_b_proj``."""
+    q, cache, table, lens, scale, c = mla_decode(generator, lengths, heads, **kind)
+    kv_b = normal(generator, heads, value + 3, c, dtype=q.dtype, std=c**-0.5)
+    return q, cache, table, lens, kv_b[:, 3:], scale, c
 
 
 def mla_project_value(
@@ -179,6 +212,8 @@ for _dtype, _name in DTYPE_NAMES.items():
     add("mla_latent_write", f"{_name}-9", mla_latent_write, tokens=9, dtype=_dtype)
     add("mla_absorb_query", f"{_name}-3x8", mla_absorb_query, tokens=3, heads=8, dtype=_dtype)
     add("mla_decode", f"{_name}-h8", mla_decode, lengths=(65, 0, 130, 1), heads=8, dtype=_dtype)
+    add("mla_decode_value", f"{_name}-h8", mla_decode_value, lengths=(65, 0, 130), heads=8,
+        dtype=_dtype)  # fmt: skip
     add("mla_project_value", f"{_name}-5x8", mla_project_value, tokens=5, heads=8, dtype=_dtype)
     add(
         "mla_prefill",
@@ -217,6 +252,19 @@ add("mla_decode", "bf16-small", mla_decode, lengths=(40, 9), heads=4, widths=(32
 add("mla_decode", "bf16-none", mla_decode, lengths=(0,), heads=8)
 add("mla_decode", "bf16-h128", mla_decode, lengths=(4097,), heads=128, full=True)
 add("mla_decode", "bf16-h64-32k", mla_decode, lengths=(32768,), heads=64, full=True)
+_V = mla_decode_value
+add("mla_decode_value", "bf16-h64", _V, lengths=(300,), heads=64, full=True)
+add("mla_decode_value", "bf16-h3-s2", _V, lengths=(70, 2), heads=3, new=2,
+    work=1 << 18)  # fmt: skip
+add("mla_decode_value", "bf16-small", _V, lengths=(40, 9), heads=4, value=24, widths=(32, 16),
+    page=8)  # fmt: skip
+add("mla_decode_value", "bf16-small-long", _V, lengths=(2047, 0, 4100), heads=2, value=16,
+    widths=(32, 16))  # fmt: skip
+add("mla_decode_value", "bf16-lost-page", _V, lengths=(70, 70), heads=2, value=40, lost=True)
+add("mla_decode_value", "bf16-nothing", _V, lengths=(0, -3), heads=4, value=16, widths=(32, 16))
+add("mla_decode_value", "bf16-many", _V, lengths=(5, 1, 0, 40) * 5, heads=3, value=16,
+    widths=(32, 16), page=8)  # fmt: skip
+add("mla_decode_value", "bf16-8k", _V, lengths=(8192, 8000), heads=16, full=True)
 add("mla_project_value", "bf16-none", mla_project_value, tokens=0, heads=4)
 add("mla_project_value", "bf16-1x64", mla_project_value, tokens=1, heads=64)
 add("mla_project_value", "bf16-17x3", mla_project_value, tokens=17, heads=3)
@@ -246,3 +294,21 @@ add("mla_prefill", "bf16-300-small", _P, queries=(129, 300), keys=(257, 300), he
 add("mla_prefill", "bf16-300", _P, queries=(130, 1), keys=(300, 258), heads=1)
 add("merge_attention", "bf16-3d", merge_attention, shape=(5, 129, 64))
 add("merge_attention", "bf16-one", merge_attention, shape=(4, 1))
+_W, _D = mla_latent_write, mla_decode
+for _dtype, _name in DTYPE_NAMES.items():
+    add("mla_latent_write", f"fp8-{_name}-9", _W, tokens=9, dtype=_dtype, fp8=True)
+    add("mla_decode", f"fp8-{_name}-h8", _D, lengths=(65, 0, 33), heads=8, dtype=_dtype, fp8=True,
+        work=1 << 17)  # fmt: skip
+add("mla_latent_write", "fp8-page-1-strided", _W, tokens=33, page=1, wide=True, fp8=True)
+add("mla_latent_write", "fp8-small", _W, tokens=65, widths=(96, 32, 16), page=7, fp8=True)
+add("mla_latent_write", "fp8-tiny", _W, tokens=7, widths=(96, 32, 16), page=4, fp8=True, tiny=True)
+add("mla_latent_write", "fp8-1024", _W, tokens=1024, fp8=True, full=True)
+add("mla_decode", "fp8-h64", _D, lengths=(130, 64), heads=64, fp8=True, work=1 << 18)
+add("mla_decode", "fp8-h16-s4", _D, lengths=(70, 4, 2), heads=16, new=4, fp8=True)
+add("mla_decode", "fp8-h32-page-16", _D, lengths=(129, 17), heads=32, page=16, fp8=True)
+add("mla_decode", "fp8-h5-page-1", _D, lengths=(33, 2), heads=5, page=1, fp8=True)
+add("mla_decode", "fp8-large-scores", _D, lengths=(150,), heads=8, large=True, fp8=True)
+add("mla_decode", "fp8-lost-page", _D, lengths=(70, 70), heads=8, lost=True, fp8=True)
+add("mla_decode", "fp8-small", _D, lengths=(40, 9), heads=4, widths=(32, 16), page=7, fp8=True)
+add("mla_decode", "fp8-small-long", _D, lengths=(600, 517), heads=2, widths=(32, 16), fp8=True)
+add("mla_decode", "fp8-h128", _D, lengths=(4097,), heads=128, fp8=True, full=True)

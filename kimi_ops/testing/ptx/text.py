@@ -12,7 +12,7 @@ from kimi_ops.testing.ptx.registry import lookup
 from kimi_ops.testing.ptx.syntax import Immediate
 from kimi_ops.testing.ptx.trace import Static, static_code
 from kimi_ops.testing.ptx.types import TYPES
-from kimi_ops.testing.ptx.uses import register_uses, watched_registers
+from kimi_ops.testing.ptx.uses import never_needed, register_uses, watched_registers
 
 _SPACES = {"global", "shared", "local", "param", "const"}
 
@@ -41,6 +41,7 @@ class Text:
         ]
         self.flow = Flow(program)
         unassigned = self.flow.unassigned(program.code, self.uses)
+        unassigned -= never_needed(unassigned, program.code, self.uses)
         self.watched = watched_registers(unassigned, self.uses, self.entries)
         self.granules = {space: self._smallest((space,)) for space in ("shared", "global")}
 

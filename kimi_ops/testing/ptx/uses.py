@@ -4,14 +4,17 @@ Compilers pass unknown values through data flow that ends unused, as when a warp
 with shuffles of all. So registers that some path may read before they are written, and whatever is
 made of them, carry a flag per lane; reading an unknown one is an error where it matters: in
 addresses, predicates, stores, matrix instructions and everything that is not plain arithmetic.
+
+LLVM also joins bytes or halves with one that it leaves open, which a later ``prmt`` or ``mov``
+drops: a register none of whose bytes reaches anything carries no flag.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 
 from kimi_ops.testing.ptx.registry import Entry
-from kimi_ops.testing.ptx.syntax import Address, Instruction, Name, Operand, Pair, Vector
+from kimi_ops.testing.ptx.syntax import Address, Immediate, Instruction, Name, Operand, Pair, Vector
 
 # Families whose results are unknown where an operand is; all others must know their operands.
 CARRYING = ("integer", "float", "conversion", "move")
@@ -63,3 +66,54 @@ def watched_registers(
                 watched |= writes
                 grew = True
     return watched
+
+
+def byte_moves(ins: Instruction) -> list[tuple[str, int, str, int]] | None:
+    """(register, byte of it, register it goes to, byte there) for each byte that a ``prmt`` or a
+    ``mov`` of halves passes on; None for any other instruction."""
+    result, *sources = ins.operands or (None,)
+    if ins.guard is not None or ins.opcode not in ("prmt.b32", "mov.b32"):
+        return None
+    if ins.opcode == "prmt.b32":
+        selector = sources.pop()
+        if not isinstance(selector, Immediate):
+            return None
+        choices = [int(selector.value) >> 4 * place & 7 for place in range(4)]
+        ends = [(sources[c // 4], c % 4, result, place) for place, c in enumerate(choices)]
+    elif isinstance(result, Vector) and len(result.items) == 2:
+        ends = [(sources[0], i, result.items[i // 2], i % 2) for i in range(4)]
+    elif isinstance(sources[0], Vector) and len(sources[0].items) == 2:
+        ends = [(sources[0].items[i // 2], i % 2, result, i) for i in range(4)]
+    else:
+        return None
+    return [
+        (source.name, i, target.name, j)
+        for source, i, target, j in ends
+        if isinstance(source, Name) and isinstance(target, Name)
+    ]
+
+
+def never_needed(
+    unassigned: set[str], code: Sequence[Instruction], uses: list[tuple[set[str], set[str]]]
+) -> set[str]:
+    """Those of the registers of which every chain of `byte_moves` drops all bytes."""
+    readers: dict[str, list[int]] = {}
+    for index, (reads, _) in enumerate(uses):
+        for name in reads:
+            readers.setdefault(name, []).append(index)
+    needed: dict[str, set[int]] = {}  # bytes of a register that something else reads
+
+    def bytes_of(name: str) -> set[int]:
+        if name not in needed:
+            needed[name] = set(range(4))  # in a loop: all of them
+            found: set[int] = set()
+            for index in readers.get(name, []):
+                moves = byte_moves(code[index])
+                if moves is None:
+                    found |= set(range(4))
+                else:
+                    found |= {i for s, i, to, j in moves if s == name and j in bytes_of(to)}
+            needed[name] = found
+        return needed[name]
+
+    return {name for name in unassigned if not bytes_of(name)}
