@@ -40,7 +40,19 @@ def _doctor() -> Command:
 def _compile() -> Command:
     from kimi_ops.testing.static import command
 
-    return lambda args: command.run(args.arch, args.op, args.json)
+    return lambda args: command.run(args.arch, args.op, args.json, args.markdown)
+
+
+def _verify() -> Command:
+    from kimi_ops.testing import verify
+
+    return lambda args: verify.run(args.op, args.way, args.device, args.full)
+
+
+def _tune() -> Command:
+    from kimi_ops.tune import command
+
+    return command.run
 
 
 def _generate() -> Command:
@@ -121,6 +133,31 @@ def _add_number(
     parser.add_argument(name, type=int, default=default, metavar="N", help=what)
 
 
+def _add_verify(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "verify",
+        _verify,
+        "run each kernel on hostile inputs, against the reference in float64",
+        "Runs every op's kernels on the hostile cases of the tests and prints a table in Markdown. "
+        "On the CPU, kernels for a GPU run interpreted and in the emulator. Exit code 1 if a case "
+        "goes wrong.",
+    )
+    parser.add_argument("--op", nargs="+", default=[], metavar="OP", help="names of ops (all)")
+    parser.add_argument(
+        "--way", nargs="+", default=[], metavar="W", help="interpreted, sm_80, sm_90 (all)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
+    parser.add_argument("--full", action="store_true", help="the large cases too: hours on a CPU")
+
+
+def _add_tune(commands: Any) -> None:
+    from kimi_ops.tune.command import add_arguments
+
+    what = "search the tiles of the Triton kernels for one GPU"
+    add_arguments(_add(commands, "tune", _tune, what, None))
+
+
 def _add_generate(commands: Any) -> None:
     parser = _add(
         commands,
@@ -161,6 +198,12 @@ def _add_generate(commands: Any) -> None:
     _add_number(parser, "--seed", "of the sampling (0)", 0)
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
     _add_dtype(parser, "of the float weights")
+    parser.add_argument(
+        "--cache-format",
+        choices=("plain", "fp8"),
+        default="plain",
+        help="of the latent cache; fp8 takes half of bfloat16's memory (plain)",
+    )
     _add_layers(parser, "load only these decoder layers, such as 0-3")
 
 
@@ -229,7 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     compile_.add_argument("--arch", nargs="+", default=[], metavar="A", help="sm_90a, ... (all)")
     compile_.add_argument("--op", nargs="+", default=[], metavar="OP", help="names of ops (all)")
-    _add_json(compile_)
+    form = compile_.add_mutually_exclusive_group()
+    form.add_argument("--markdown", metavar="FILE", help="write a page, or these ops' part of it")
+    form.add_argument("--json", action="store_true", help="the same as JSON")
+    _add_verify(commands)
+    _add_tune(commands)
     _add_generate(commands)
     _add_inspect(commands)
     _add_make_checkpoint(commands)
