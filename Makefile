@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint bench compiled triton-versions clean
 
 venv: $(STAMP)
 
@@ -34,6 +34,14 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# Every kernel at every tile for every architecture: most of an hour. ARGS="--op rms_norm" does one op.
+compiled: venv
+	$(BIN)/kimi-ops compile --markdown docs/compiled-kernels.md $(ARGS)
+
+# One case of every kernel with five versions of Triton in environments under build/: an hour.
+triton-versions: venv
+	$(BIN)/python tools/triton_versions.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kimi_ops/_lib

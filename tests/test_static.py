@@ -7,7 +7,6 @@ import dataclasses
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from kimi_ops.testing.static import (
     MissingToolError,
     StaticCase,
     ToolError,
+    TritonCompileError,
     amdgcn,
     assert_avoids,
     assert_no_local_memory,
@@ -680,16 +680,30 @@ def test_a_kernel_in_tritons_cache_has_its_log_too(monkeypatch, tmp_path):
     assert_no_spills(cases_module.compile_case(ADD, "sm_80"))
 
 
-def test_triton_without_a_log_of_ptxas_is_refused(monkeypatch):
-    knobs = importlib.import_module("triton.knobs")
+def test_triton_that_does_not_print_the_log_of_ptxas(monkeypatch):
+    """Triton 3.4, where a script of ours runs ptxas."""
     before = {k: v for k, v in os.environ.items() if k.startswith("TRITON")}
-    monkeypatch.setattr(triton_kernel.contextlib, "redirect_stdout", lambda _: io.StringIO())
-    with pytest.raises(ToolError, match="no kernel add_kernel; there are add_kernel"):
-        cases_module.compile_case(ADD, "sm_80")
-    monkeypatch.setattr(knobs, "nvidia", types.SimpleNamespace())
-    with pytest.raises(MissingToolError, match=r"cannot show ptxas's log: pip install -U triton"):
-        cases_module.compile_case(ADD, "sm_80")
+    small = dataclasses.replace(MATMUL, constexprs={"BM": 64, "BN": 64, "BK": 32}, num_warps=1)
+    small = dataclasses.replace(small, options={"maxnreg": 128})
+    printed = cases_module.compile_case(small, "sm_80")
+    monkeypatch.setattr(triton_kernel, "_prints_log", lambda knobs: False)
+    kept = cases_module.compile_case(small, "sm_80")
+    assert kept.spill_store_bytes > 0
+    assert kept == printed
     assert before == {k: v for k, v in os.environ.items() if k.startswith("TRITON")}
+    monkeypatch.setattr(triton_kernel, "_LOGGING_PTXAS", '#!/bin/sh\n"{ptxas}" "$@"\n')
+    with pytest.raises(ToolError, match="no kernel matmul_kernel; there are matmul_kernel"):
+        cases_module.compile_case(small, "sm_80")
+
+
+def test_kernel_that_triton_refuses():
+    with pytest.raises(TritonCompileError, match=r"^matmul_kernel for sm_80: CompilationError: "):
+        report_triton(
+            matmul_kernel,
+            "sm_80",
+            signature=MATMUL.signature,
+            constexprs={"BM": 64, "BN": 64, "BK": 4},
+        )
 
 
 @pytest.mark.parametrize(

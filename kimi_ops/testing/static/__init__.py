@@ -32,7 +32,12 @@ from kimi_ops.testing.static.loops import Loop
 from kimi_ops.testing.static.occupancy import Occupancy, occupancy
 from kimi_ops.testing.static.report import AmdRegisters, KernelReport
 from kimi_ops.testing.static.toolchain import MissingToolError, ToolError
-from kimi_ops.testing.static.triton_kernel import compile_triton, report_triton, signature_of
+from kimi_ops.testing.static.triton_kernel import (
+    TritonCompileError,
+    compile_triton,
+    report_triton,
+    signature_of,
+)
 
 __all__ = [
     "ARCHES",
@@ -52,6 +57,7 @@ __all__ = [
     "Occupancy",
     "StaticCase",
     "ToolError",
+    "TritonCompileError",
     "assert_avoids",
     "assert_no_local_memory",
     "assert_no_notes",

@@ -5,58 +5,67 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from kimi_ops._dispatch import op_names
 from kimi_ops.testing.devices import ARCHES, device
 from kimi_ops.testing.static.cases import compile_case, static_cases_of
 from kimi_ops.testing.static.cuda_source import CudaCompileError
-from kimi_ops.testing.static.gates import assert_no_spills, assert_shared_memory_fits
+from kimi_ops.testing.static.page import made_with, problems, section, updated
 from kimi_ops.testing.static.report import KernelReport
-from kimi_ops.testing.static.toolchain import MissingToolError
+from kimi_ops.testing.static.toolchain import MissingToolError, ToolError
+from kimi_ops.testing.static.triton_kernel import TritonCompileError
+
+_COMPILE_ERRORS = (MissingToolError, CudaCompileError, TritonCompileError)
 
 
-def _problems(report: KernelReport) -> list[str]:
-    """The gates that hold for every kernel, as the words of the table."""
-    found = []
-    for gate, word in ((assert_no_spills, "spills"), (assert_shared_memory_fits, "shared memory")):
-        try:
-            gate(report)
-        except AssertionError:
-            found.append(word)
-    if report.occupancy is not None and report.occupancy.blocks == 0 and not found:
-        found.append(f"cannot be launched: {report.occupancy.limited_by}")
-    return found
+def _write_page(path: Path, rows: Sequence[tuple[str, KernelReport]], versions: str) -> None:
+    """Replaces the sections of the ops that were compiled, or writes a new page."""
+    text = path.read_text() if path.exists() else "# Compiled kernels\n"
+    ops = dict.fromkeys(op for op, _ in rows)
+    fresh = {op: section(op, [r for o, r in rows if o == op], versions) for op in ops}
+    path.write_text(updated(text, fresh))
 
 
-def run(archs: Sequence[str], ops: Sequence[str], as_json: bool) -> int:
+def run(
+    archs: Sequence[str], ops: Sequence[str], as_json: bool, markdown: str | None = None
+) -> int:
     """Compiles and prints; 0 if all kernels compile and pass the gates that hold for all.
 
     Args:
         archs: names as `kimi_ops.testing.devices.device` takes them; all of them if empty.
         ops: names of ops; all of them if empty.
         as_json: print JSON instead of a table.
+        markdown: write the page of `kimi_ops.testing.static.page` into this file instead; where it
+            exists, only the sections of these ops change.
 
     Returns:
         0 done, 1 a kernel spills, does not fit or cannot be launched, 2 the request could not be
-        carried out: an unknown name, a missing compiler, or a source that does not compile.
+        carried out: an unknown name, a missing compiler, a source that does not compile, or a file
+        that cannot be written.
     """
     rows: list[tuple[str, KernelReport]] = []
     try:
+        versions = made_with() if markdown else ""
         wanted = [device(arch).arch for arch in archs] or list(ARCHES)
         for op in ops or op_names():
             for case in static_cases_of(op):
                 rows += [(op, compile_case(case, a)) for a in wanted if a in case.arches]
-    except (ValueError, MissingToolError, CudaCompileError) as error:
+        if markdown:
+            _write_page(Path(markdown), rows, versions)
+    except (ValueError, OSError, ToolError, *_COMPILE_ERRORS) as error:
         print(f"kimi-ops compile: {error}", file=sys.stderr)
         return 2
-    if as_json:
+    if markdown:
+        print(f"{len(rows)} reports written to {markdown}")
+    elif as_json:
         plain = [
-            {"op": op, **report.to_json(), "problems": _problems(report)} for op, report in rows
+            {"op": op, **report.to_json(), "problems": problems(report)} for op, report in rows
         ]
         print(json.dumps(plain, indent=2))
     else:
         _print(rows)
-    return 1 if any(_problems(report) for _, report in rows) else 0
+    return 1 if any(problems(report) for _, report in rows) else 0
 
 
 def _print(rows: Sequence[tuple[str, KernelReport]]) -> None:
@@ -88,7 +97,7 @@ def _print(rows: Sequence[tuple[str, KernelReport]]) -> None:
             str(report.mix.instructions),
             str(report.mix.classes.get("tensor", 0)),
             f"{hot.mix.instructions}, {hot.mix.classes.get('tensor', 0)} tensor" if hot else "none",
-            ", ".join(_problems(report)),
+            ", ".join(problems(report)),
         )
     console.print(table)
     for _, report in rows:

@@ -1,7 +1,6 @@
 """Triton kernels ahead of time, for any architecture, without a driver or a GPU.
 
-Tested with the version of Triton that the project pins. `compile_triton` needs 3.4; reports need a
-version that can show ptxas's log.
+Triton 3.4 is the oldest; `docs/triton-versions.md` says with which versions what was compiled.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import importlib.util
 import io
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from kimi_ops.testing.devices import device
 from kimi_ops.testing.static.amdgcn import report_amdgcn
 from kimi_ops.testing.static.report import KernelReport, report_cubin
-from kimi_ops.testing.static.toolchain import MissingToolError, read_ptxas_log
+from kimi_ops.testing.static.toolchain import MissingToolError, read_ptxas_log, triton_tool
 
 _TORCH_TYPES = {
     torch.bool: "i1",
@@ -38,6 +38,10 @@ _TORCH_TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
 }
+
+
+class TritonCompileError(RuntimeError):
+    """Triton, LLVM or ptxas refused a kernel; the message says which and why."""
 
 
 def _triton() -> Any:
@@ -174,6 +178,7 @@ def compile_triton(
 
     Raises:
         MissingToolError: Triton is not installed.
+        TritonCompileError: with what the compiler said.
         ValueError, TypeError: a parameter without type or value, or not a Triton kernel.
     """
     triton = _triton()
@@ -184,7 +189,35 @@ def compile_triton(
     )
     launch = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
     source = _source(kernel, signature, constexprs or {})
-    return triton.compile(source, target=described, options=launch)
+    errors = importlib.import_module("triton.errors")
+    try:
+        return triton.compile(source, target=described, options=launch)
+    except (errors.TritonError, RuntimeError) as error:  # RuntimeError: of the passes, in C++
+        kind = type(error).__name__
+        raise TritonCompileError(f"{kernel.__name__} for {target.arch}: {kind}: {error}") from error
+
+
+# Runs ptxas and keeps what it says.
+_LOGGING_PTXAS = """#!/bin/sh
+"{ptxas}" "$@" 2>>"{log}"
+status=$?
+[ $status = 0 ] || cat "{log}" >&2
+exit $status
+"""
+# In place of ROCm's linker, which no wheel brings: only the assembly is read, so nothing is lost.
+_STAND_IN_LINKER = """#!/bin/sh
+[ "$1" = --version ] || cp "$4" "$6"
+"""
+
+
+def _script(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def _prints_log(knobs: Any) -> bool:
+    return hasattr(knobs.nvidia, "dump_ptxas_log")
 
 
 def _compile_with_log(kernel: Any, arch: str | int, **how: Any) -> tuple[Any, str]:
@@ -192,23 +225,31 @@ def _compile_with_log(kernel: Any, arch: str | int, **how: Any) -> tuple[Any, st
 
     Triton prints ptxas's log when it compiles and does not keep it, so this compiles afresh, past
     Triton's cache. Assembling its PTX a second time would be no substitute: ptxas 13.1 was seen to
-    choose registers differently from run to run, so the log would be of another cubin.
+    choose registers differently from run to run, so the log would be of another cubin. Triton 3.4
+    does not print the log either, so there a script of ours runs ptxas.
     """
     knobs = importlib.import_module("triton.knobs")
-    if not hasattr(knobs.nvidia, "dump_ptxas_log"):
-        raise MissingToolError(
-            f"triton {_triton().__version__} cannot show ptxas's log: pip install -U triton"
-        )
+    prints_log = _prints_log(knobs)
     said = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as folder,
         knobs.nvidia.scope(),
+        knobs.amd.scope(),
         knobs.cache.scope(),
         contextlib.redirect_stdout(said),
     ):
-        knobs.nvidia.dump_ptxas_log = True
+        log = Path(folder, "ptxas.log")
         knobs.cache.dir = folder
+        if prints_log:
+            knobs.nvidia.dump_ptxas_log = True
+        else:
+            text = _LOGGING_PTXAS.format(ptxas=triton_tool("ptxas"), log=log)
+            knobs.nvidia.ptxas = _script(Path(folder, "ptxas"), text)
+        if hasattr(knobs.amd, "lld_path"):
+            knobs.amd.lld_path = _script(Path(folder, "ld.lld"), _STAND_IN_LINKER)
         compiled = compile_triton(kernel, arch, **how)
+        if not prints_log and log.exists():
+            said.write(log.read_text())
     return compiled, said.getvalue()
 
 
@@ -229,7 +270,6 @@ def report_triton(
         case: name for the report.
 
     Raises:
-        MissingToolError: also if this Triton cannot show what ptxas says.
         ToolError: the tools contradict each other; and as `compile_triton`.
     """
     target = device(arch)

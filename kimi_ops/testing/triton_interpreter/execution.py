@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -243,6 +244,10 @@ def _watch_torch(patches: language.Patches, machine: Machine) -> None:
     patches.set(Tensor, "data_ptr", remembering)
 
 
+def _refuse_stock(*_: Any, **__: Any) -> None:
+    raise UnsupportedByInterpreter("this launch goes to Triton's own interpreter")
+
+
 @contextlib.contextmanager
 def interpreted(
     *,
@@ -293,6 +298,13 @@ def interpreted(
     for owner in (JITFunction, stock.InterpretedFunction):
         patches.set(owner, "run", lambda self, *a, **k: executor.launch(self, *a, **k))
         patches.set(owner, "__call__", lambda self, *a, **k: executor.call(self, *a, **k))
+    if "__getitem__" in vars(stock.InterpretedFunction):  # Triton 3.4, which does not go by `run`
+        patches.set(
+            stock.InterpretedFunction,
+            "__getitem__",
+            lambda self, grid: functools.partial(executor.launch, self, grid=grid, warmup=False),
+        )
+    patches.set(stock.GridExecutor, "__call__", _refuse_stock)
     tune = Autotuner.run
 
     def tuned(self: Any, *args: Any, **named: Any) -> Any:
