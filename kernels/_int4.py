@@ -179,6 +179,72 @@ def rearrange(
 
 
 @triton.jit
+def unlift_of(dtype: tl.constexpr):
+    """What sums over lifted x are multiplied with at last."""
+    return 2.0**20 if dtype == tl.bfloat16 else 1.0
+
+
+@triton.jit
+def lift(top, dtype: tl.constexpr):
+    """What lifts the x of a group whose largest magnitude is ``top``, and what takes it off.
+
+    `_int4_few_direct` multiplies a code u as the number of which it is the bits, u * 2^-133 in
+    bfloat16 and u * 2^-24 in float16. So that products stay normal float32 numbers, x of a group is
+    brought just below 2^121 or 2^15 by a power of two. The second factor and `unlift_of` undo both.
+    """
+    exponent = (top.to(tl.int32, bitcast=True) >> 23) - 127
+    if dtype == tl.bfloat16:
+        up = tl.minimum(120 - exponent, 126)
+        down = 133 - 20 - up
+    else:
+        up = tl.minimum(14 - exponent, 126)
+        down = 24 - up
+    up = ((up + 127) << 23).to(tl.float32, bitcast=True)
+    return up, ((down + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def start_of(sums, dtype: tl.constexpr):
+    """Where the sum over a group's products starts: what takes 8 off every code."""
+    return sums * (-8 * (2.0**-133 if dtype == tl.bfloat16 else 2.0**-24))
+
+
+@triton.jit
+def paired(k):
+    """Where column k of a lifted row is stored: by two groups, plane, group and unit."""
+    return k // 64 * 64 + k % 4 * 16 + k % 64 // 4
+
+
+@triton.jit
+def rearrange_lifted(
+    x_ptr,  # [K], a row
+    stride_x_k,
+    out_ptr,  # [K/64, 4, 2, 8]
+    bias_ptr,  # [2, K/32] float32
+    g0,
+    groups,  # K/32
+    BLOCK_G: tl.constexpr,
+):
+    """BLOCK_G groups of one row, from g0 on, as `_int4_few_direct` wants them.
+
+    Planes 1 and 3 are divided by 16: their codes are nibbles that were left where they are, one
+    nibble up. ``bias``: `start_of`, then the second of `lift`.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    k = g0 * 32 + tl.arange(0, 32 * BLOCK_G)  # [32 BLOCK_G]
+    mask = k < groups * 32
+    x = tl.load(x_ptr + k.to(tl.int64) * stride_x_k, mask=mask, other=0.0).to(tl.float32)
+    x = x.reshape(BLOCK_G, 32)
+    up, down = lift(tl.max(tl.abs(x), 1), dtype)
+    x = x * up[:, None]
+    g = g0 + tl.arange(0, BLOCK_G)  # [BLOCK_G]
+    tl.store(bias_ptr + g, start_of(tl.sum(x, 1), dtype), mask=g < groups)
+    tl.store(bias_ptr + groups + g, down, mask=g < groups)
+    x = tl.where(k % 2 == 0, x.reshape(32 * BLOCK_G), x.reshape(32 * BLOCK_G) * 0.0625)
+    tl.store(out_ptr + paired(k), x.to(dtype), mask=mask)
+
+
+@triton.jit
 def inside(n, N, EXACT: tl.constexpr):
     """Row numbers that can be read: those behind the last repeat it."""
     if EXACT:

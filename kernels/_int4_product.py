@@ -1,6 +1,7 @@
 """Which form multiplies a block of tokens with int4 weights, and with which tiles.
 
-Tokens in a block: 1, 2, 4, 8 separated (`_int4_few`), 16, 32, 64 blocked (`_int4_many`).
+Tokens in a block: 1, 2, 4, 8 separated (`_int4_few`), 16, 32, 64 blocked (`_int4_many`); where
+`_int4_many_plan` says so, 8, 16, 32 and on sm_90 64 of `_int4_many_gluon`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from kimi_ops.kernels._int4_few import separated
 from kimi_ops.kernels._int4_many import blocked
 
 _INVARIANT_TOKENS = 16
+# Releases of Triton that `_int4_many_gluon` was compiled with; Gluon changes with each.
+GLUON_TRITON = ("3.7.", "3.8.")
 
 
 class Tile(NamedTuple):
@@ -32,6 +35,7 @@ class Tile(NamedTuple):
         warps, stages: of the launch.
         registers: most per thread, or 0: the compiler's choice. Without a number ptxas aims at 168
             and spills a word or two, though shared memory allows 4 programs per SM anyway.
+        gluon: of `_int4_many_gluon`.
     """
 
     tokens: int
@@ -41,10 +45,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int = 0
+    gluon: bool = False
 
     @property
     def separated(self) -> bool:
-        return self.tokens <= 8
+        return self.tokens <= 8 and not self.gluon
 
     @property
     def options(self) -> dict[str, int]:
@@ -81,6 +86,17 @@ _TILES_SMALL_SHARED = _TILES | {
 _TILES_AMD = {n: tile._replace(registers=0) for n, tile in _TILES.items()} | {
     n: _TILES[n]._replace(groups=16 // n, steps=1, registers=0) for n in (1, 2, 4)
 }
+# Later versions than 3.4 pad a product of fewer columns.
+LEAST_COLUMNS = 16 if triton.__version__.startswith("3.4.") else 8
+if LEAST_COLUMNS == 16:
+    _TILES = _TILES_SMALL_SHARED = _TILES_AMD
+# Gluon: 4 warps, which are a warpgroup; a stage is 8 KiB of codes and 256 B per token, and their
+# number a power of two. With mma.sync 64 tokens spill (sm_80), with wgmma 128.
+_TILES_MMA_SYNC = {
+    n: Tile(tokens=n, groups=4, steps=1, rows=64, warps=4, stages=4, gluon=True)
+    for n in (8, 16, 32)
+}
+_TILES_WGMMA = _TILES_MMA_SYNC | {64: _TILES_MMA_SYNC[32]._replace(tokens=64)}
 
 
 _GPUS = {
@@ -97,28 +113,49 @@ def tiles(device: torch.device) -> dict[int, Tile]:
     return _TILES if gpu.shared_bytes >= 160 << 10 else _TILES_SMALL_SHARED
 
 
-def tile_for(device: torch.device, tokens: int, slots: int, experts: int) -> Tile:
+def gluon_tiles(device: torch.device) -> dict[int, Tile]:
+    """Tiles of `_int4_many_gluon` for a GPU, by tokens in a block."""
+    return _TILES_WGMMA if _target.target(device).capability == 90 else _TILES_MMA_SYNC
+
+
+def tile_for(
+    device: torch.device, tokens: int, slots: int, experts: int, *, gluon: bool = False
+) -> Tile:
     """The tile for ``slots`` (token, expert) pairs of ``tokens`` tokens over ``experts`` experts.
 
     A block should hold what an expert gets under even routing, mean plus four standard deviations,
-    and need not hold more than all tokens. In batch-invariant mode the answer is always the same.
+    and need not hold more than all tokens. ``gluon``: whether the call is such as
+    `_int4_many_gluon` is for; there a block costs by its size, and a second block of an expert
+    finds the weights in L2, so that one and a half deviations are enough. In batch-invariant mode
+    the answer is always the same.
     """
+    known = tiles(device)
+    if gluon:
+        known = {n: tile for n, tile in known.items() if n < 8} | gluon_tiles(device)
     if is_batch_invariant():
-        return tiles(device)[_INVARIANT_TOKENS]
+        return known[_INVARIANT_TOKENS]
     mean = slots / max(experts, 1)
     likely = max(2, math.ceil(mean + 4 * math.sqrt(mean)))
-    wanted = min(tokens, likely, 64)
-    return tiles(device)[1 << max(wanted - 1, 0).bit_length()]
+    if gluon and likely > 8:
+        likely = max(8, math.ceil(mean + 1.5 * math.sqrt(mean)))
+    wanted = min(tokens, likely, max(known))
+    return known[1 << max(wanted - 1, 0).bit_length()]
 
 
 def compiled_tiles() -> Iterator[tuple[Tile, tuple[str, ...], _target.Target]]:
     """Every tile with the architectures that use it, and one of their GPUs; for static cases."""
-    groups: dict[Tile, list[tuple[str, _target.Target]]] = {}
+    groups: dict[tuple[Tile, bool], list[tuple[str, _target.Target]]] = {}
+    gluon = triton.__version__.startswith(GLUON_TRITON)
     for arch, gpu in _GPUS.items():
         with _target.targeting(gpu):
-            for tile in tiles(torch.device("meta")).values():
-                groups.setdefault(tile, []).append((arch, gpu))
-    for tile, members in groups.items():
+            device = torch.device("meta")
+            used = list(tiles(device).values())
+            if gluon and gpu.vendor == "cuda":
+                used += gluon_tiles(device).values()
+            for tile in used:
+                wgmma = tile.gluon and gpu.capability == 90
+                groups.setdefault((tile, wgmma), []).append((arch, gpu))
+    for (tile, _), members in groups.items():
         vendors = {gpu.vendor for _, gpu in members}
         for vendor in sorted(vendors):
             chosen = [(arch, gpu) for arch, gpu in members if gpu.vendor == vendor]

@@ -13,8 +13,8 @@ from kimi_ops.kernels._int4_product import product
 @triton.jit
 def moe_experts_int4_prepare_kernel(
     x_ptr,  # [T, D]
-    xr_ptr,  # [T, D], rearranged
-    bias_ptr,  # [T, D/32] float32
+    xr_ptr,  # [T, D], rearranged; if lifted 256 zeros behind it
+    bias_ptr,  # [T, D/32] float32; if lifted [T, 2, D/32]
     ids_ptr,  # [T, K]
     tables_ptr,
     stride_x_t,
@@ -30,6 +30,7 @@ def moe_experts_int4_prepare_kernel(
     chunks,  # of BLOCK_G groups in a row
     TOKENS: tl.constexpr,
     SEPARATED: tl.constexpr,
+    LIFTED: tl.constexpr,  # for `_moe_experts_int4_direct`
     BY_SLOT: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -43,10 +44,21 @@ def moe_experts_int4_prepare_kernel(
     else:
         row = ((program - experts) // chunks).to(tl.int64)
         g0 = (program - experts) % chunks * BLOCK_G
-        _int4.rearrange(
-            x_ptr + row * stride_x_t, stride_x_d, xr_ptr + row * groups * 32,
-            bias_ptr + row * groups, g0, groups, SEPARATED, BLOCK_G,
-        )  # fmt: skip
+        x_ptr += row * stride_x_t
+        if LIFTED:
+            width = (groups + 1) // 2 * 64
+            out_ptr = xr_ptr + row * width
+            bias_ptr += row * groups * 2
+            _int4.rearrange_lifted(x_ptr, stride_x_d, out_ptr, bias_ptr, g0, groups, BLOCK_G)
+            if program == experts:
+                T = (tl.num_programs(0) - experts) // chunks
+                zero = tl.zeros([256], xr_ptr.dtype.element_ty)
+                zeros_ptr = xr_ptr + tl.cast(T, tl.int64) * width
+                tl.store(zeros_ptr + tl.arange(0, 256), zero)
+        else:
+            out_ptr = xr_ptr + row * groups * 32
+            bias_ptr += row * groups
+            _int4.rearrange(x_ptr, stride_x_d, out_ptr, bias_ptr, g0, groups, SEPARATED, BLOCK_G)
 
 
 @triton.jit

@@ -8,7 +8,8 @@
         W rows 0 .. 2 BN - 1           0    |    1    |            16, 32, 64 rows (blocked); the
         W rows 2 BN .. 4 BN - 1       ...   |   ...   |            tiles are those of the experts
 
-The forms and their numerics are those of `_int4_few` and `_int4_many`; tables in `_int4_product`.
+The forms and their numerics are those of `_int4_few` and `_int4_many`, and where
+`_int4_many_plan` says so of `_int4_many_gluon`; tables in `_int4_product`.
 Bytes: 0.5625 per weight with 16-bit scales, once per block of rows; x and y are a few percent.
 In batch-invariant mode a block has 16 rows whatever the batch. No sum is split over programs, so
 results are equal from run to run.
@@ -18,6 +19,7 @@ Source: compressed-tensors ``pack-quantized``, as in the Kimi K2.5 checkpoint.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,8 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels import _int4, _target
+from kimi_ops.kernels import _int4, _int4_many_plan, _target
 from kimi_ops.kernels._int4_product import Tile, compiled_tiles, product, tile_for
+
+BATCH_INVARIANT = True  # then `tile_for` has one answer
 
 _PREPARE_GROUPS = 32  # 1,024 columns of x
 
@@ -107,7 +111,8 @@ class _Call:
         T, K = x.shape
         N = packed.shape[0]
         groups = K // 32
-        self.tile = tile or tile_for(x.device, T, T, 1)
+        gluon = _int4_many_plan.fits(x, (scale,), ())
+        self.tile = tile or tile_for(x.device, T, T, 1, gluon=gluon)
         xr = torch.empty((T, K), dtype=x.dtype, device=x.device)
         bias = torch.empty((T, groups), dtype=torch.float32, device=x.device)
         shift = torch.empty(1, dtype=torch.int32, device=x.device)
@@ -128,7 +133,6 @@ class _Call:
         self.grid = (blocks * triton.cdiv(N, 2 * self.tile.rows),)
         self.product = {
             "xr_ptr": xr,
-            "bias_ptr": bias,
             "shift_ptr": shift,
             "units_ptr": units,
             "scale_ptr": scale,
@@ -139,15 +143,30 @@ class _Call:
             "N": N,
             "groups": groups,
             "blocks": blocks,
-            "TOKENS": self.tile.tokens,
-            "GS": self.tile.groups,
-            "TILES": self.tile.steps,
-            "BN": self.tile.rows,
-            "SEPARATED": self.tile.separated,
-            "EVEN": groups % (self.tile.groups * self.tile.steps) == 0,
-            "EXACT": N % (2 * self.tile.rows) == 0,
-            "ASSEMBLY": _int4.takes_assembly(x.device),
         }
+        if self.tile.gluon:
+            self.product |= _int4_many_plan.constants(self.tile, groups, x.device)
+            self.product["stride_scale_n"] = _int4_many_plan.scale_strides(scale)[0]
+        else:
+            self.product |= {
+                "bias_ptr": bias,
+                "TOKENS": self.tile.tokens,
+                "GS": self.tile.groups,
+                "TILES": self.tile.steps,
+                "BN": self.tile.rows,
+                "SEPARATED": self.tile.separated,
+                "EVEN": groups % (self.tile.groups * self.tile.steps) == 0,
+                "EXACT": N % (2 * self.tile.rows) == 0,
+                "ASSEMBLY": _int4.takes_assembly(x.device),
+            }
+
+    @property
+    def kernel(self) -> Any:
+        """That of the product."""
+        if self.tile.gluon:
+            module = importlib.import_module("kimi_ops.kernels._int4_linear_gluon")
+            return module.int4_linear_gluon_kernel
+        return int4_linear_kernel
 
 
 def unsupported(x: Tensor, packed: Tensor, scale: Tensor) -> str | None:
@@ -162,7 +181,7 @@ def launch(y: Tensor, x: Tensor, packed: Tensor, scale: Tensor) -> None:
         return
     call = _Call(y, x.reshape(-1, x.shape[-1]), packed, scale)
     int4_linear_prepare_kernel[call.prepare_grid](**call.prepare, num_warps=4)
-    int4_linear_kernel[call.grid](**call.product, **call.tile.options)
+    call.kernel[call.grid](**call.product, **call.tile.options)
 
 
 def static_cases() -> Iterable[Any]:
@@ -170,7 +189,8 @@ def static_cases() -> Iterable[Any]:
     from kimi_ops.testing.static import StaticCase
 
     for tile, arches, gpu in compiled_tiles():
-        for dtype, n, k in ((torch.bfloat16, 7168, 2048), (torch.float16, 7200, 2080)):
+        odd = (7200, 2176) if tile.gluon else (7200, 2080)
+        for dtype, n, k in ((torch.bfloat16, 7168, 2048), (torch.float16, *odd)):
             rows = max(tile.tokens, 2)
             x = torch.empty(rows, k, dtype=dtype, device="meta")
             y = torch.empty(rows, n, dtype=dtype, device="meta")
@@ -178,17 +198,17 @@ def static_cases() -> Iterable[Any]:
             scale = torch.empty(n, k // 32, dtype=dtype, device="meta")
             with _target.targeting(gpu):
                 call = _Call(y, x, packed, scale, tile)
-            name = f"{tile.tokens}_{n}x{k}_{arches[0]}"
+            name = f"{'gluon_' * tile.gluon}{tile.tokens}_{n}x{k}_{arches[0]}"
             yield StaticCase.of_call(
                 name,
-                int4_linear_kernel,
+                call.kernel,
                 call.product,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
                 options={"maxnreg": tile.registers} if tile.registers else {},
                 arches=arches,
             )
-            if arches[0] == "sm_80":
+            if arches[0] == "sm_80" and not tile.gluon:
                 yield StaticCase.of_call(
                     f"prepare_{name}", int4_linear_prepare_kernel, call.prepare
                 )

@@ -15,12 +15,13 @@
 
 The shared expert's 16-bit weights are further programs of the same launches. Unused blocks end
 after one load. With up to 8 tokens a block the form is `_int4_few.separated`, above it
-`_int4_many.blocked`; tables below. How many tokens a block holds follows from shapes alone: enough
-for an expert's tokens under even routing in all but rare cases, at most 64; more of them read the
+`_int4_many.blocked`; from 8 tokens on `_int4_many_gluon` where `_int4_many_plan` says that a call
+is such as it is for. How many tokens a block holds follows from shapes alone (`_int4_product`):
+enough for an expert's tokens under even routing in most cases, at most 64; more of them read the
 weights again. In batch-invariant mode it is 16 always.
 
-Shared memory: 3 stages of codes and x, 17 to 50 KiB. Bytes: 0.5625 per weight of every expert that
-is chosen (codes and 16-bit scales), once per block; x, h and the slot rows add 2 percent at T = 1.
+Shared memory: 3 or 4 stages of codes and x, 17 to 104 KiB. Bytes: 0.5625 per weight of a chosen
+expert (codes and 16-bit scales), once per block; x, h and the slot rows add 2 percent at T = 1.
 Numerics: float32 accumulation; h and the slot rows are rounded to x's dtype once, as the reference
 does; no atomics, so equal from run to run.
 
@@ -29,6 +30,8 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2; compressed-tensors ``pack-
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,14 +39,16 @@ import torch
 import triton
 from torch import Tensor
 
-from kimi_ops.kernels import _int4, _moe_blocks, _target
-from kimi_ops.kernels._int4_product import Tile, compiled_tiles, tile_for
+from kimi_ops.kernels import _int4, _int4_few_plan, _int4_many_plan, _moe_blocks, _target
+from kimi_ops.kernels._int4_product import LEAST_COLUMNS, Tile, compiled_tiles, tile_for
 from kimi_ops.kernels._moe_experts_int4 import (
     moe_experts_int4_down_kernel,
     moe_experts_int4_gate_up_kernel,
     moe_experts_int4_prepare_kernel,
     moe_experts_int4_sum_kernel,
 )
+
+BATCH_INVARIANT = True  # then `tile_for` has one answer
 
 _PREPARE_GROUPS = 32  # 1,024 columns of x
 _SUM_COLUMNS = 1024
@@ -62,6 +67,7 @@ class _Call:
         shared: tuple[Tensor, Tensor] | None,
         expert_range: Sequence[int] | None,
         tile: Tile | None = None,
+        direct: bool | None = None,
     ) -> None:
         self.T, self.D = x.shape
         self.E, self.F, self.K = len(down[0]), down[0].shape[2] * 8, ids.shape[1]
@@ -71,7 +77,11 @@ class _Call:
         self.routed = self.slots > 0 and self.E > 0 and self.F > 0
         # Of an expert range its end is the best guess at how many experts the model has.
         experts = max(self.E, int(self.last))
-        self.tile = tile or tile_for(x.device, self.T, self.slots, experts)
+        scales = (gate_up[1], down[1])
+        gluon = _int4_many_plan.fits(x, scales, shared if shared and self.f_shared else ())
+        self.tile = tile or tile_for(x.device, self.T, self.slots, experts, gluon=gluon)
+        if self.tile.gluon and self.f_shared and not _int4_many_plan.rows_fit(x, 8):
+            x = x.clone(memory_format=torch.contiguous_format)
         self.blocks, self.by_slot = _moe_blocks.block_count(self.slots, self.E, self.tile.tokens)
         if not self.routed:
             self.blocks = 0
@@ -79,15 +89,19 @@ class _Call:
         def room(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)
 
-        groups, groups_down = self.D // 32, self.F // 32
+        self.direct = _int4_few_plan.fits(self.tile, x.device) if direct is None else direct
+        lifted = 1 + self.direct
+        groups, groups_down = lifted * self.D // 32, lifted * self.F // 32
         self.tables = _moe_blocks.tables(self.slots, self.blocks, x.device)
-        self.xr, self.bias = room(self.T, self.D), room(self.T, groups, dtype=torch.float32)
-        self.h, self.h_shared = room(self.slots, self.F), room(self.T, self.f_shared)
+        d, f = (triton.cdiv(n, 64) * 64 if self.direct else n for n in (self.D, self.F))
+        self.xr = room(self.T * d + _int4_few_plan.ZEROS * self.direct)
+        self.bias = room(self.T, groups, dtype=torch.float32)
+        self.h, self.h_shared = room(self.slots, f), room(self.T, self.f_shared)
         self.h_bias = room(self.slots, groups_down, dtype=torch.float32)
         self.rows = room(self.slots + self.T * bool(self.f_shared), self.D)
         self.y, self.x, self.ids, self.shared = y, x, ids, shared
         self.gate_up, self.down = gate_up, down
-        self.chunks = triton.cdiv(groups, _PREPARE_GROUPS)
+        self.chunks = triton.cdiv(self.D // 32, _PREPARE_GROUPS)
 
     def prepare(self) -> dict[str, Any]:
         return {
@@ -109,6 +123,7 @@ class _Call:
             "chunks": self.chunks,
             "TOKENS": self.tile.tokens,
             "SEPARATED": self.tile.separated,
+            "LIFTED": self.direct,
             "BY_SLOT": self.by_slot,
             "BLOCK_S": 256 if self.slots <= 256 else 1024,
             "BLOCK_G": _PREPARE_GROUPS,
@@ -127,12 +142,11 @@ class _Call:
         units, strides = _int4.units(packed)
         groups = packed.shape[2] // 4
         tile = self.tile
-        shared_tokens = max(8 if tile.rows == 32 else 16, tile.tokens)
+        shared_tokens = max(LEAST_COLUMNS if tile.rows == 32 else 16, tile.tokens)
         shared_blocks = triton.cdiv(self.T, shared_tokens)
         width = packed.shape[1] if shared is None else shared.shape[1]
         shared_programs = 0 if shared is None else triton.cdiv(shared_rows, rows) * shared_blocks
-        steps = tile.groups * tile.steps
-        return shared_programs, {
+        arguments = {
             "units_ptr": units,
             "scale_ptr": scale,
             "shared_ptr": shared,
@@ -150,18 +164,59 @@ class _Call:
             "shared_programs": shared_programs,
             "shared_blocks": shared_blocks,
             "TOKENS": tile.tokens,
+            "SHARED": shared is not None,
+        }
+        if tile.gluon:
+            strides = _int4_many_plan.scale_strides(scale)
+            return shared_programs, arguments | _int4_many_plan.constants(
+                tile, groups, self.x.device
+            ) | {
+                "stride_scale_e": strides[0],
+                "stride_scale_n": strides[1],
+                "stride_shared_n": 0 if shared is None else shared.stride(0) // 8,
+            }
+        if self.direct:
+            for name in ("units_ptr", "stride_units_e", "stride_units_n"):
+                del arguments[name]
+            own = _int4_few_plan.arguments(tile.tokens, packed, scale)
+            return shared_programs, arguments | own | {
+                "zeros_ptr": self.xr[-_int4_few_plan.ZEROS :],
+                "stride_words_e": strides[0],
+                "stride_words_n": strides[1],
+                "EXACT": shared_rows % rows == 0,
+                "EVEN_SHARED": width % 64 == 0,
+            }
+        return shared_programs, arguments | {
             "GS": tile.groups,
             "TILES": tile.steps,
             "BN": tile.rows,
             "BLOCK_TS": shared_tokens,
             "BLOCK_K": 64,
             "SEPARATED": tile.separated,
-            "EVEN": groups % steps == 0,
+            "EVEN": groups % (tile.groups * tile.steps) == 0,
             "EXACT": routed_rows % rows == 0,
             "EVEN_SHARED": width % 64 == 0,
             "ASSEMBLY": _int4.takes_assembly(self.x.device),
-            "SHARED": shared is not None,
         }
+
+    def kernels(self) -> tuple[Any, Any, dict[str, int]]:
+        """Those of the two products, and the options of their launches."""
+        if self.tile.gluon:
+            many = importlib.import_module("kimi_ops.kernels._moe_experts_int4_gluon")
+            return (
+                many.moe_experts_int4_gate_up_gluon_kernel,
+                many.moe_experts_int4_down_gluon_kernel,
+                self.tile.options,
+            )
+        if self.direct:
+            few = importlib.import_module("kimi_ops.kernels._moe_experts_int4_direct")
+            return (
+                few.moe_experts_int4_gate_up_direct_kernel,
+                few.moe_experts_int4_down_direct_kernel,
+                _int4_few_plan.OPTIONS,
+            )
+        kernel = moe_experts_int4_gate_up_kernel, moe_experts_int4_down_kernel
+        return *kernel, self.tile.options
 
     def gate_up_launch(self) -> tuple[int, dict[str, Any]]:
         """Programs and arguments."""
@@ -178,6 +233,9 @@ class _Call:
             "stride_x_t": self.x.stride(0),
             "F": self.F,
         }
+        if self.tile.gluon:
+            del arguments["bias_ptr"], arguments["h_bias_ptr"]
+            arguments["stride_x_t"] //= 8
         return programs + triton.cdiv(self.F, rows) * self.blocks, arguments
 
     def down_launch(self) -> tuple[int, dict[str, Any]]:
@@ -192,6 +250,8 @@ class _Call:
             "rows_ptr": self.rows,
             "D": self.D,
         }
+        if self.tile.gluon:
+            del arguments["bias_ptr"]
         return programs + triton.cdiv(self.D, rows) * self.blocks, arguments
 
     def sum(self, weights: Tensor) -> dict[str, Any]:
@@ -273,9 +333,10 @@ def launch(
         moe_experts_int4_prepare_kernel[(programs,)](**call.prepare(), num_warps=4)
     programs, arguments = call.gate_up_launch()
     if programs:
-        moe_experts_int4_gate_up_kernel[(programs,)](**arguments, **call.tile.options)
+        gate_up_kernel, down_kernel, options = call.kernels()
+        gate_up_kernel[(programs,)](**arguments, **options)
         programs, arguments = call.down_launch()
-        moe_experts_int4_down_kernel[(programs,)](**arguments, **call.tile.options)
+        down_kernel[(programs,)](**arguments, **options)
     grid = (call.T, triton.cdiv(call.D, _SUM_COLUMNS))
     moe_experts_int4_sum_kernel[grid](**call.sum(weights), num_warps=4)
 
@@ -285,7 +346,7 @@ def static_cases() -> Iterable[Any]:
     then float16, widths that no tile divides, and the two kernels around the products."""
     from kimi_ops.testing.static import StaticCase
 
-    def call(tile: Tile, tokens: int, dtype: torch.dtype, d: int, f: int) -> _Call:
+    def call(tile: Tile, tokens: int, dtype: torch.dtype, d: int, f: int, *, direct: bool) -> _Call:
         def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -294,35 +355,45 @@ def static_cases() -> Iterable[Any]:
 
         ids, shared = meta(tokens, 8, dtype=torch.int32), (meta(2 * f, d), meta(d, f))
         up, down = weights(2 * f, d), weights(d, f)
-        return _Call(meta(tokens, d), meta(tokens, d), up, down, ids, shared, None, tile)
+        return _Call(meta(tokens, d), meta(tokens, d), up, down, ids, shared, None, tile, direct)
 
+    widths = (
+        (torch.bfloat16, 7168, 2048),
+        (torch.float16, 7168, 256),
+        (torch.bfloat16, 160, 96),
+    )
     for tile, arches, gpu in compiled_tiles():
         tokens = tile.tokens
-        for dtype, d, f in (
-            (torch.bfloat16, 7168, 2048),
-            (torch.float16, 7168, 256),
-            (torch.bfloat16, 160, 96),
-        ):
+        with _target.targeting(gpu):
+            forms = (False, True) if _int4_few_plan.fits(tile, torch.device("meta")) else (False,)
+        for direct, (dtype, d, f) in itertools.product(forms, widths):
+            if tile.gluon and d == 160:
+                continue  # no whole steps
+            if direct:
+                arches = tuple(arch for arch in arches if arch in _int4_few_plan.ARCHES)
             with _target.targeting(gpu):
-                made = call(tile, max(tokens, 2), dtype, d, f)
+                made = call(tile, max(tokens, 2), dtype, d, f, direct=direct)
                 name = f"{str(dtype).removeprefix('torch.')}_{d}x{f}_{tokens}_{arches[0]}"
+                gate_up_kernel, down_kernel, options = made.kernels()
                 for stage, kernel, arguments in (
-                    ("gate_up", moe_experts_int4_gate_up_kernel, made.gate_up_launch()[1]),
-                    ("down", moe_experts_int4_down_kernel, made.down_launch()[1]),
+                    ("gate_up", gate_up_kernel, made.gate_up_launch()[1]),
+                    ("down", down_kernel, made.down_launch()[1]),
                 ):
                     yield StaticCase.of_call(
-                        f"{stage}_{name}",
+                        f"{'gluon_' * tile.gluon}{'direct_' * direct}{stage}_{name}",
                         kernel,
                         arguments,
                         num_warps=tile.warps,
                         num_stages=tile.stages,
-                        options={"maxnreg": tile.registers} if tile.registers else {},
+                        options={k: n for k, n in options.items() if k == "maxnreg"},
                         arches=arches,
                     )
-            if arches[0] == "sm_80" and dtype == torch.bfloat16 and d == 7168:
+            if arches[0] == "sm_80" and dtype == torch.bfloat16 and d == 7168 and not tile.gluon:
                 prepare = made.prepare()
                 yield StaticCase.of_call(
-                    f"prepare_{tokens}", moe_experts_int4_prepare_kernel, prepare
+                    f"prepare_{'lifted_' * direct}{tokens}",
+                    moe_experts_int4_prepare_kernel,
+                    prepare,
                 )
     weights = torch.empty(2, 8, device="meta")
     yield StaticCase.of_call("sum", moe_experts_int4_sum_kernel, made.sum(weights))

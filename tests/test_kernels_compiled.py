@@ -27,6 +27,7 @@ _MULTIPLIES = {
     "int4_linear",
     "mla_absorb_query",
     "mla_decode",
+    "mla_decode_value",
     "mla_prefill",
     "mla_project_value",
     "moe_experts_int4",

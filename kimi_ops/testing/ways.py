@@ -22,7 +22,8 @@ import torch
 
 from kimi_ops._backends import Backend, has_kernel, simulated
 from kimi_ops._dispatch import get_op, register_backend
-from kimi_ops.kernels._target import targeting
+from kimi_ops._target import targeting
+from kimi_ops.cuda._launcher import SOURCES
 from kimi_ops.testing.check import as_tuple
 from kimi_ops.testing.inputs import Case
 from kimi_ops.testing.runner import emulated, target_of
@@ -75,18 +76,27 @@ _INTERPRETED_WORK = 1 << 19
 _EMULATED_WORK = 1 << 18
 # The larger cases differ from the smaller ones in what the source does, which sm_80 has shown.
 _EMULATED_AGAIN_WORK = 1 << 17
+_CUDA_AGAIN = "cuda[sm_90]"
 WAYS = (
     Way("triton[interpreted]", "triton", 80, _interpreted, _INTERPRETED_WORK),
     Way("triton[sm_80]", "triton", 80, _emulated(80), _EMULATED_WORK),
     Way("triton[sm_90]", "triton", 90, _emulated(90), _EMULATED_AGAIN_WORK),
     Way("cuda[sm_80]", "cuda", 80, _emulated(80), _EMULATED_WORK),
-    Way("cuda[sm_90]", "cuda", 90, _emulated(90), _EMULATED_AGAIN_WORK),
+    Way(_CUDA_AGAIN, "cuda", 90, _emulated(90), _EMULATED_AGAIN_WORK),
 )
 
 
 def ways_of(op: str) -> list[Way]:
-    """The ways in which an op's kernels can run: all those of the backends that have one."""
-    return [way for way in WAYS if has_kernel(op, way.backend)]
+    """The ways in which an op's kernels can run: all those of the backends that have one.
+
+    CUDA C++ is taken for sm_90 as well only where its source says that it differs there.
+    """
+    ways = [way for way in WAYS if has_kernel(op, way.backend)]
+    if any(way.name == _CUDA_AGAIN for way in ways):
+        stage = SOURCES.glob(f"{op}*.cu*")
+        if not any("__CUDA_ARCH__" in path.read_text() for path in stage):
+            ways = [way for way in ways if way.name != _CUDA_AGAIN]
+    return ways
 
 
 class _Backend:

@@ -216,6 +216,10 @@ add("moe_experts_int4", "bf16-scale-fp16", _E, tokens=5, experts=4, top_k=2,
 add("moe_experts_int4", "bf16-scale-fp32", _E, tokens=5, experts=4, top_k=2,
     scale_dtype=torch.float32, weights_dtype=torch.float64)  # fmt: skip
 add("moe_experts_int4", "bf16-129", _E, tokens=129, experts=4, top_k=2, d=256, f=128)
+add("moe_experts_int4", "bf16-steps", _E, tokens=20, experts=3, top_k=2, d=512, f=128,
+    routing="foreign")  # fmt: skip
+add("moe_experts_int4", "fp16-steps", _E, tokens=17, experts=6, top_k=2, d=256, f=256, shared=64,
+    dtype=torch.float16, scale_dtype=torch.float16, expert_range=(1, 5))  # fmt: skip
 add("moe_experts_int4", "bf16-kimi-width-256", _E, tokens=3, experts=4, top_k=2, d=7168, f=256)
 add("moe_experts_int4", "bf16-kimi-2", _E, tokens=2, experts=4, top_k=2, d=7168, f=2048,
     shared=2048, full=True)  # fmt: skip
