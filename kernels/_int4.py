@@ -100,11 +100,6 @@ def refusal(
     if x.dtype not in (torch.bfloat16, torch.float16):
         dtype = str(x.dtype).removeprefix("torch.")
         return f"{op} in Triton multiplies in bfloat16 or float16; x is {dtype}"
-    gpu = _target.target(x.device)
-    if gpu.vendor == "cuda" and gpu.capability < 80:
-        return (
-            f"{op} in Triton needs an NVIDIA GPU of capability 8.0 or later, not {gpu.capability}"
-        )
     for name, (codes, scale) in packed.items():
         if codes.numel() and (reason := _row_refusal(name, codes, scale)) is not None:
             return reason

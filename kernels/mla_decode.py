@@ -99,9 +99,6 @@ def unsupported(
         return f"the Triton kernel is for page tables of less than 2^30 tokens, not {capacity}"
     if kv_cache.dtype == torch.uint8 and not is_aligned_fp8(kv_cache, kv_lora_rank):
         return f"the Triton kernel: {FP8_CACHE}"
-    gpu = target(q_latent.device)
-    if gpu.vendor == "cuda" and gpu.capability < 80:
-        return f"the Triton kernel is for sm_80 and later, not sm_{gpu.capability}"
     return None
 
 

@@ -32,6 +32,7 @@ from kimi_ops._backends import (
 from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops._check import Checks
 from kimi_ops._dlpack import takes_arrays
+from kimi_ops._target import too_old
 
 _LIBRARY = torch.library.Library("kimi_ops", "DEF")
 _OPS: dict[str, Op] = {}
@@ -60,7 +61,7 @@ class Op:
         self._device_arg = self.params.index(next(iter(self.checks.tensors)))
         self._loaded: dict[str, Backend | str] = {}
         self._simulated: dict[str, Backend | str] = {}
-        self._automatic: dict[str, tuple[Backend, ...]] = {}
+        self._automatic: dict[str, tuple[tuple[str, Backend], ...]] = {}
 
         # Defined without ops.impl per device beyond these two: on any other device torch itself
         # says that the op has no kernel there, which is the truth.
@@ -130,11 +131,11 @@ class Op:
     def _automatically(self, device: str, args: tuple[Any, ...]) -> Backend:
         candidates = self._automatic.get(device)
         if candidates is None:
-            loaded = [self.load(name) for name in self.order(device)]
-            candidates = tuple(b for b in loaded if not isinstance(b, str))
+            loaded = [(name, self.load(name)) for name in self.order(device)]
+            candidates = tuple((n, b) for n, b in loaded if not isinstance(b, str))
             self._automatic[device] = candidates
-        for backend in candidates:
-            if _refusal(backend, args) is None:
+        for name, backend in candidates:
+            if self._refusal(name, backend, args) is None:
                 return backend
         reasons = explain(self.name, *args)
         raise BackendError(f"{self.name}: no backend can run this call\n{reasons}")
@@ -163,7 +164,15 @@ class Op:
                 "kimi_ops.testing.runner.emulated()"
                 + (" or kimi_ops.testing.triton_interpreter.interpreted()" * (name == "triton"))
             )
-        return _refusal(backend, args)
+        return self._refusal(name, backend, args)
+
+    def _refusal(self, name: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
+        """Why a backend that is there does not run a call, or None."""
+        if is_batch_invariant() and not getattr(backend, "BATCH_INVARIANT", False):
+            return "batch-invariant mode is on, and it does not promise results that keep to it"
+        if name in GPU_BACKENDS and (reason := too_old(args[self._device_arg].device)):
+            return reason
+        return backend.unsupported(*args)
 
     def order(self, device: str) -> tuple[str, ...]:
         """Backends that the automatic choice considers on this type of device, best first."""
@@ -182,12 +191,6 @@ class Op:
     def known_backends(self) -> tuple[str, ...]:
         """The package's backends and those added by `register_backend`."""
         return BACKENDS + tuple(n for n in self._loaded if n not in BACKENDS)
-
-
-def _refusal(backend: Backend, args: tuple[Any, ...]) -> str | None:
-    if is_batch_invariant() and not getattr(backend, "BATCH_INVARIANT", False):
-        return "batch-invariant mode is on, and it does not promise results that keep to it"
-    return backend.unsupported(*args)
 
 
 def define_op(schema: str, *, checks: Mapping[str, str], outputs: Callable[..., Any]) -> Any:

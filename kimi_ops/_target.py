@@ -63,6 +63,17 @@ def target(device: torch.device) -> Target:
     return _of_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def too_old(device: torch.device) -> str | None:
+    """Why no kernel of this package runs on a GPU; None if one may, or if none is named."""
+    if device.type != "cuda" and not is_named():
+        return None
+    gpu = target(device)
+    if gpu.vendor == "cuda" and gpu.capability < 80:
+        found = f"{gpu.capability // 10}.{gpu.capability % 10}"
+        return f"its kernels need an NVIDIA GPU of capability 8.0 or later, this one has {found}"
+    return None
+
+
 @contextlib.contextmanager
 def targeting(chosen: Target) -> Iterator[None]:
     """Makes `target` answer ``chosen`` within a ``with`` block, in this thread or task only."""

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import kimi_ops
+from kimi_ops._backends import simulated
 from kimi_ops._dispatch import _OPS, parse_choice
+from kimi_ops._target import Target, targeting
 
 X, W = torch.ones(2, 4), torch.ones(4)
 
@@ -87,14 +89,28 @@ for name in ("triton", "cuda"):
     assert "cannot run: cupy is not installed: pip install cupy-cuda13x" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_no_kernel_takes_a_gpu_older_than_ampere(name):
+    turing = Target("cuda", 75, 68, 64 << 10)
+    with (
+        simulated(name),
+        targeting(turing),
+        kimi_ops.use_backend(rms_norm=name),
+        pytest.raises(kimi_ops.BackendError, match=r"capability 8\.0 or later, this one has 7\.5"),
+    ):
+        kimi_ops.rms_norm(X, W, 1e-5)
+    with simulated(name), targeting(turing):
+        assert kimi_ops.resolve("rms_norm", X, W, 1e-5) == "reference"
+
+
 def test_failure_of_a_kernel_is_not_a_reason_to_fall_back(registered, monkeypatch):
     def launch(*args):
         raise ZeroDivisionError("kernel failed")
 
     broken = SimpleNamespace(launch=launch, unsupported=lambda *args: None)
-    monkeypatch.setitem(
-        _OPS["rms_norm"]._automatic, "cpu", (broken, _OPS["rms_norm"].load("reference"))
-    )
+    op = _OPS["rms_norm"]
+    order = (("triton", broken), ("reference", op.load("reference")))
+    monkeypatch.setitem(op._automatic, "cpu", order)
     with pytest.raises(ZeroDivisionError, match="kernel failed"):
         kimi_ops.rms_norm(X, W, 1e-5)
 
@@ -102,9 +118,10 @@ def test_failure_of_a_kernel_is_not_a_reason_to_fall_back(registered, monkeypatc
 def test_automatic_choice_skips_on_a_declared_reason_alone(monkeypatch):
     shy = SimpleNamespace(launch=None, unsupported=lambda *args: "float32 only in winter")
     op = _OPS["rms_norm"]
-    monkeypatch.setitem(op._automatic, "cpu", (shy, op.load("reference")))
+    order = (("triton", shy), ("reference", op.load("reference")))
+    monkeypatch.setitem(op._automatic, "cpu", order)
     assert kimi_ops.rms_norm(X, W, 1e-5).isfinite().all()
-    monkeypatch.setitem(op._automatic, "cpu", (shy,))
+    monkeypatch.setitem(op._automatic, "cpu", order[:1])
     with pytest.raises(kimi_ops.BackendError, match="rms_norm: no backend can run this call"):
         kimi_ops.rms_norm(X, W, 1e-5)
 
