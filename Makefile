@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint bench compiled triton-versions clean
+.PHONY: venv demo test lint bench compiled triton-versions gpu-check clean
 
 venv: $(STAMP)
 
@@ -42,6 +42,11 @@ compiled: venv
 # One case of every kernel with five versions of Triton in environments under build/: an hour.
 triton-versions: venv
 	$(BIN)/python tools/triton_versions.py $(ARGS)
+
+# On a machine with a GPU: everything in docs/gpu-day.md, and a report. PYTHON names an environment
+# with a torch that has CUDA.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kimi_ops/_lib

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import kimi_ops
-from kimi_ops._backends import BACKENDS, has_kernel
+from kimi_ops._backends import BACKENDS, GPU_BACKENDS, has_kernel
 from kimi_ops._dispatch import get_op
-from kimi_ops.testing import cases
+from kimi_ops.testing import cases, check
 from kimi_ops.testing.ways import WAYS, ways_of, with_way
 
 _WAYS = {way.name: way for way in WAYS}
@@ -25,6 +25,12 @@ _LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the full grid, large cases included")
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the common test body runs; on cuda the kernels of a GPU run on it",
+    )
     parser.addoption(
         "--backend-module",
         metavar="OP=MODULE",
@@ -36,6 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LEFT_OUT] = Counter()
+    check.DEVICE = config.getoption("--device")
+    if check.DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
     for item in config.getoption("--backend-module"):
         op, _, module = item.partition("=")
         kimi_ops.register_backend(op, "mine", importlib.import_module(module))
@@ -44,12 +53,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the argument ``backend`` or ``case`` runs for each of the module's ``OP``.
 
-    The tensors are on the CPU, so the backends of a GPU run in each way that there is without one.
+    On the CPU the backends of a GPU run in each way that there is without one.
     """
     op = getattr(metafunc.module, "OP", None)
     if "backend" in metafunc.fixturenames:
-        names = [name for name in ("reference", "cpu") if has_kernel(op, name)]
-        names += [way.name for way in ways_of(op)]
+        on_gpu = metafunc.config.getoption("--device") == "cuda"
+        here = ("reference", *GPU_BACKENDS) if on_gpu else ("reference", "cpu")
+        names = [name for name in here if has_kernel(op, name)]
+        names += [] if on_gpu else [way.name for way in ways_of(op)]
         names += [name for name in get_op(op).known_backends() if name not in BACKENDS]
         metafunc.parametrize("backend", names, indirect=True)
     if "case" in metafunc.fixturenames:
@@ -131,7 +142,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"{op}: backend {name} cannot run here: {reason}")
     with with_way(op, way) if way else contextlib.nullcontext(name) as registered:
         if case := getattr(request.node, "callspec", SimpleNamespace(params={})).params.get("case"):
-            reason = get_op(op).why_not(registered, case.args())
+            args = [a.to(check.DEVICE) if torch.is_tensor(a) else a for a in case.args()]
+            reason = get_op(op).why_not(registered, args)
             if reason is not None:
                 pytest.skip(f"declared by the kernel: {reason}")
         yield registered

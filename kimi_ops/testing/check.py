@@ -13,6 +13,7 @@ from kimi_ops._dispatch import Op, get_op, use_backend
 from kimi_ops.testing.latent_fp8 import compare_written, is_written_fp8, with_plain_cache
 from kimi_ops.testing.oracle import Comparison, assert_close_to_oracle
 
+DEVICE = "cpu"  # where `check_op` runs unless it is told; the tests' --device sets it
 _GUARD = 64  # elements before and after each output and each restrided row that must stay poison
 _POISON = -77_777_777
 # Ops whose results are products of their inputs: an error is relative to the element itself.
@@ -147,7 +148,7 @@ def _gaps_equal(old: Tensor, new: Tensor) -> bool:
 
 
 def check_op(
-    op: str, args: Sequence[Any], backend: str, *, device: str = "cpu", repeats: int = 2
+    op: str, args: Sequence[Any], backend: str, *, device: str | None = None, repeats: int = 2
 ) -> list[Comparison]:
     """The test body that every backend of every op must pass, on one set of arguments.
 
@@ -159,7 +160,7 @@ def check_op(
         op: name of the op.
         args: all its arguments in the order of the schema, on the CPU.
         backend: name for `use_backend`.
-        device: where to run.
+        device: where to run; `DEVICE` by default.
         repeats: number of runs.
 
     Returns:
@@ -168,7 +169,7 @@ def check_op(
     Raises:
         AssertionError: what was wrong, with the element.
     """
-    contract = get_op(op)
+    contract, device = get_op(op), device or DEVICE
     fp8 = is_written_fp8(contract, args)
     plain = with_plain_cache(contract, args) if fp8 else args
     oracle = _reference(contract, _copy(plain, device, exact=True))
