@@ -2,15 +2,19 @@
 
 Without a C++ compiler the package installs all the same, as pure Python (``kimi-ops doctor`` says
 that the CPU backend is missing). The environment variable ``KIMI_OPS_NATIVE`` decides otherwise:
-``0`` never builds, ``1`` fails where nothing can be built.
+``0`` never builds, ``1`` fails where nothing can be built. ``KIMI_OPS_FATBINS=1`` adds binaries of
+the CUDA C++ kernels, for which it needs nvcc; without them a first use compiles.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -33,8 +37,26 @@ def builds_native() -> bool:
     return wish != "0" and not missing
 
 
+def cuda_sources() -> Any:
+    """`kimi_ops/_cuda_sources.py`, without importing the package and torch with it."""
+    spec = importlib.util.spec_from_file_location("sources", ROOT / "kimi_ops/_cuda_sources.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def architectures() -> list[str]:
+    """Those of `_cuda_sources.ARCHITECTURES` that this nvcc knows; it does not list sm_90a."""
+    nvcc = shutil.which("nvcc") or f"{os.environ.get('CUDA_HOME', '')}/bin/nvcc"
+    listed = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True)
+    known = listed.stdout.split()
+    return [name for name in cuda_sources().ARCHITECTURES if name.rstrip("a") in known]
+
+
 class CMakeBuild(build_ext):
-    """Runs CMake in the build folder and puts the library where the package looks for it."""
+    """Runs CMake in the build folder and puts its results where the package looks for them."""
 
     def run(self) -> None:
         build = Path(self.build_temp).absolute()
@@ -42,15 +64,31 @@ class CMakeBuild(build_ext):
         # one) may be gone.
         configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build)]
         configure.append("-DCMAKE_BUILD_TYPE=Release")
+        if FATBINS:
+            configure += ["-DKIMI_FATBINS=ON", f"-DKIMI_ARCHITECTURES={';'.join(architectures())}"]
+            configure.append(f"-DKIMI_CUDA_OPTIONS={';'.join(cuda_sources().OPTIONS)}")
         if ninja := shutil.which("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
         target = (ROOT if self.inplace else Path(self.build_lib)) / LIBRARY
         target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target.parent / "cuda", ignore_errors=True)
+        if FATBINS:
+            self._copy_fatbins(build, target.parent / "cuda")
         # Renamed into place: a process that has the old library open keeps the old file.
         shutil.copy2(build / target.name, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)
+
+    def _copy_fatbins(self, build: Path, folder: Path) -> None:
+        """The fatbins, and which source each is of: one of another source is not used."""
+        folder.mkdir(parents=True)
+        manifest = {}
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            shutil.copy2(build / f"{source.stem}.fatbin", folder)
+            entry = {"digest": cuda_sources().digest(source), "architectures": architectures()}
+            manifest[source.stem] = entry
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib) / LIBRARY)]
@@ -84,6 +122,9 @@ class NativeDistribution(Distribution):
 
 
 NATIVE = builds_native()
+FATBINS = os.environ.get("KIMI_OPS_FATBINS", "0") == "1"
+if FATBINS and not NATIVE:
+    raise RuntimeError("KIMI_OPS_FATBINS=1 needs a C++ compiler and cmake too")
 
 setup(
     distclass=NativeDistribution,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-# For NVRTC and nvcc alike. -lineinfo costs nothing at run time and names lines in profilers.
-OPTIONS = ("--std=c++17", "-lineinfo")
+# For NVRTC and nvcc alike.
+OPTIONS = ("--std=c++17",)
 # What the fatbins hold (nvcc's names); a device is served by its own entry, or by one of its major
 # version and an older minor one if that has no architecture-specific features ("a").
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")

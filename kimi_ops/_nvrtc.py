@@ -86,7 +86,8 @@ def compile_source(source: Path, arch: str) -> bytes:
         raise CompileError(
             f"NVRTC {nvrtc_version()} cannot compile for {arch}, only for {sorted(known)}: {REMEDY}"
         )
-    options = (f"--gpu-architecture={arch}", f"-I{source.resolve().parent}", *OPTIONS)
+    # -lineinfo names lines in profilers and costs nothing but space, which fatbins save.
+    options = (f"--gpu-architecture={arch}", f"-I{source.resolve().parent}", "-lineinfo", *OPTIONS)
     program = nvrtc.createProgram(source.read_text(), str(source), (), ())
     try:
         nvrtc.compileProgram(program, options)
@@ -187,6 +188,18 @@ def binary_of(source: Path, capability: tuple[int, int]) -> Binary:
             file.write(cubin)
         return Binary(Path(name), "compiled, not kept")
     return Binary(cached.path, "compiled")
+
+
+def origin_of(source: Path, capability: tuple[int, int]) -> str:
+    """Where the next launch on such a device gets a source's binary from, without compiling it."""
+    if fatbin_of(source, capability):
+        return "fatbin"
+    if cached_of(source, capability).is_whole():
+        return "cache"
+    try:
+        return f"compiled at first use, NVRTC {nvrtc_version()}"
+    except CompileError as error:
+        return f"nowhere: {error}"
 
 
 @functools.cache

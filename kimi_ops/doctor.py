@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from kimi_ops import _native
+from kimi_ops import _native, _nvrtc
 from kimi_ops._backends import AUTOMATIC_ORDER, BACKENDS
 from kimi_ops._dispatch import explain, op_names
 from kimi_ops._version import __version__
+from kimi_ops.cuda._launcher import SOURCES
 
 _PACKAGES = {  # distribution: what it is needed for
     "torch": "everything",
@@ -45,8 +46,14 @@ def _processor() -> str:
         return platform.processor()
 
 
+def _capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs here, each once; an H100's where there is none."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return sorted(found) or [(9, 0)]
+
+
 def report() -> dict[str, Any]:
-    """What `kimi-ops doctor --json` prints: versions, devices, CPU library, and ops by device."""
+    """What `kimi-ops doctor --json` prints: versions, devices, native code, and ops by device."""
     missing = _native.missing()
     devices = [{"type": "cpu", "name": _processor(), "threads": torch.get_num_threads()}]
     if torch.cuda.is_available():
@@ -71,6 +78,16 @@ def report() -> dict[str, Any]:
             "instruction_set": None if missing else _native.cpu_isa(),
             "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
             "cmake": shutil.which("cmake"),
+        },
+        "cuda_binaries": {
+            "cache": str(_nvrtc.cache_folder()),
+            "of": {
+                source.stem: {
+                    ".".join(map(str, capability)): _nvrtc.origin_of(source, capability)
+                    for capability in _capabilities()
+                }
+                for source in sorted(SOURCES.glob("*.cu"))
+            },
         },
         "ops": {
             device: {
@@ -111,6 +128,13 @@ def _print(found: dict[str, Any]) -> None:
     state = library["missing"] or f"instruction set {library['instruction_set']}"
     console.print(f"CPU library: {state}", highlight=False)
     console.print(f"  compiler {library['compiler']}, cmake {library['cmake']}", highlight=False)
+    console.print(f"CUDA C++ kernels, cache {found['cuda_binaries']['cache']}:", highlight=False)
+    sources: dict[str, list[str]] = {}
+    for stem, by_capability in found["cuda_binaries"]["of"].items():
+        for capability, origin in by_capability.items():
+            sources.setdefault(f"for capability {capability}: {origin}", []).append(stem)
+    for text, stems in sources.items():
+        console.print(f"  {text} ({', '.join(stems)})", highlight=False)
     for name, value in found["environment"].items():
         console.print(f"{name}={value}", highlight=False)
 

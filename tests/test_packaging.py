@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from kimi_ops._cuda_sources import digest
 
 ROOT = Path(__file__).parents[1]
 PROBE = """
@@ -36,7 +40,7 @@ def _build(kind: str, target: Path, **environment: str) -> Path:
         env=os.environ | {"PATH": path} | environment,
         check=True,
         capture_output=True,
-        timeout=300,
+        timeout=3000,
     )
     (built,) = target.iterdir()
     return built
@@ -126,3 +130,17 @@ def test_misspelt_wish_is_refused():
     )
     assert result.returncode != 0
     assert "KIMI_OPS_NATIVE must be 0, 1 or auto, got 'yes'" in result.stderr
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_wheel_with_fatbins_of_every_cuda_source(tmp_path):
+    wheel = zipfile.ZipFile(_build("wheel", tmp_path / "dist", KIMI_OPS_FATBINS="1"))
+    manifest = json.loads(wheel.read("kimi_ops/_lib/cuda/manifest.json"))
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    assert list(manifest) == [source.stem for source in sources]
+    for source in sources:
+        assert manifest[source.stem]["digest"] == digest(source)
+        assert {"sm_80", "sm_90a"} <= set(manifest[source.stem]["architectures"])
+        fatbin = wheel.read(f"kimi_ops/_lib/cuda/{source.stem}.fatbin")
+        assert fatbin[:4] == b"\x50\xed\x55\xba"  # a fat binary's magic number
