@@ -70,7 +70,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the cases that are too large for a slow way, and counts them for the summary.
+    """Leaves out what is marked ``full``, and the cases that are too large for a slow way, which it
+    counts for the summary.
 
     Last, so that what ``-k`` has taken away does not count.
     """
@@ -84,6 +85,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             else {}
         )
         way, case = _WAYS.get(params.get("backend")), params.get("case")
+        if item.get_closest_marker("full") and not full:
+            left_out.append(item)
+            continue
         if way is not None:
             item.user_properties.append(("way", way.name))
             if case is not None and not full:

@@ -75,7 +75,7 @@ __device__ __forceinline__ void add_rms_norm(const T* x_gmem,         // [rows, 
 }
 
 #define KERNEL(T, N, WARPS, NAME)                                                                 \
-  extern "C" __global__ void __launch_bounds__(WARPS == 1 ? 4 * WARP : WARPS * WARP)              \
+  extern "C" __global__ void __launch_bounds__(WARPS == 1 ? 4 * WARP : WARPS * WARP, 1)           \
       add_rms_norm_kernel_##NAME##_##WARPS(                                                       \
           const T* x_gmem, const T* residual_gmem, const T* weight_gmem, T* y_gmem, T* h_gmem,    \
           int64 rows, int columns, int64 x_inner, int64 x_outer_stride, int64 x_inner_stride,     \

@@ -164,7 +164,7 @@ __device__ __forceinline__ void mla_latent_write(
 }
 
 #define KERNEL(T, N, NAME)                                                                     \
-  extern "C" __global__ void __launch_bounds__((Q_WARPS + 1) * WARP)                           \
+  extern "C" __global__ void __launch_bounds__((Q_WARPS + 1) * WARP, 1)                        \
       mla_latent_write_kernel_##NAME(                                                          \
           const T* qkv_a_gmem, const T* q_norm_weight_gmem, const T* kv_norm_weight_gmem,      \
           const void* positions_gmem, int position_bytes, const float* inv_freq_gmem,          \

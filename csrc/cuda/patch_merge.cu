@@ -11,7 +11,7 @@
 //      frame 1   . . . . . .
 //
 // A lane holds the elements of its corner, and as many sums over frames, in registers: D of up to
-// 1,280 with one warp a corner, which then needs no shared memory, and up to 3,072 with four.
+// 1,280 with one warp a corner, which then needs no shared memory, and up to 2,048 with four.
 // Bytes: every patch once, every token once, 2 L D + 8 L' D in 16-bit dtypes, the floor; the four
 // norm vectors come from L2.
 // Numerics: two-pass statistics and everything else in float32, one rounding at the end.
@@ -23,7 +23,7 @@ constexpr int CORNERS = 4;
 
 // Elements of a corner that a lane holds; more with four warps would spill.
 template <int WARPS>
-constexpr int EACH = WARPS == 1 ? 40 : 24;
+constexpr int EACH = WARPS == 1 ? 40 : 16;
 
 // Sum over the WARPS warps of this thread's corner; every thread of the block calls it.
 template <int WARPS>
@@ -140,7 +140,7 @@ __device__ __forceinline__ void patch_merge(const T* x_gmem,             // [L, 
 }
 
 #define KERNEL(T, N, WARPS, NAME)                                                                 \
-  extern "C" __global__ void __launch_bounds__(CORNERS * WARPS * WARP)                            \
+  extern "C" __global__ void __launch_bounds__(CORNERS * WARPS * WARP, 1)                         \
       patch_merge_kernel_##NAME##_##WARPS(                                                        \
           const T* x_gmem, const void* grid_gmem, int grid_bytes, const T* final_weight_gmem,     \
           const T* final_bias_gmem, const T* pre_weight_gmem, const T* pre_bias_gmem, T* y_gmem,  \

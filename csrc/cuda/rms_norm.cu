@@ -37,7 +37,7 @@ __device__ __forceinline__ void rms_norm(const T* x_gmem,       // [rows, D]
 }
 
 #define KERNEL(T, N, WARPS, NAME)                                                                \
-  extern "C" __global__ void __launch_bounds__(WARPS == 1 ? 4 * WARP : WARPS * WARP)             \
+  extern "C" __global__ void __launch_bounds__(WARPS == 1 ? 4 * WARP : WARPS * WARP, 1)          \
       rms_norm_kernel_##NAME##_##WARPS(const T* x_gmem, const T* weight_gmem, T* y_gmem,         \
                                        int64 rows, int columns, int64 inner, int64 outer_stride, \
                                        int64 inner_stride, int64 d_stride, int64 weight_stride,  \
