@@ -10,6 +10,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 import kimi_ops
+from kimi_ops import _arrivals
 from kimi_ops.reference.moe_route import moe_route
 from kimi_ops.testing import cases, check_op
 from kimi_ops.testing.inputs import moe
@@ -86,8 +87,6 @@ def test_triton_multiplies_two_dtypes_in_float32(backend):
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_triton_leaves_the_counters_at_zero(tokens):
     pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
-    from kimi_ops.kernels import _arrivals
-
     kept = torch.zeros(_arrivals.PER_LAUNCH, dtype=torch.int32)
     args = _small(tokens)
     with mock.patch.object(_arrivals, "counters", return_value=kept):
@@ -109,9 +108,6 @@ def test_triton_row_does_not_depend_on_its_batch():
 
 
 def test_counters_are_shared_by_launches_of_one_stream_only():
-    pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
-    from kimi_ops.kernels import _arrivals
-
     device = torch.device("cuda", 0)
     with (
         mock.patch.object(_arrivals, "_POOLS", {}),

@@ -1,6 +1,6 @@
 """Counters by which the last program of a launch finds out that it is the last.
 
-    store(result);  debug_barrier();  ticket = atomic_add(counter, 1, acq_rel, gpu)
+    store(result);  barrier;  ticket = atomic_add(counter, 1, acq_rel, gpu)
     if ticket == programs - 1:  every other program's result can be read;  counter = 0
 
 A counter has to be 0 at entry, and a launch that zeroes it would be a second launch. So counters
