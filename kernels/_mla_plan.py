@@ -1,4 +1,4 @@
-"""How `mla_decode` is cut: tiles by architecture and query rows, and the number of splits.
+"""Tiles of `mla_decode` by architecture and query rows; `kimi_ops._mla_plan` has the splits.
 
 What decides a tile, bytes of shared memory first. A row of the cache is 1,152 B (512 + 64 values):
 
@@ -24,14 +24,9 @@ are neighbours in the grid, so that the second reads the cache from L2.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from kimi_ops.kernels._target import Target
-
-MAX_SPLITS = 128  # what one program of the second stage takes at a time
-# In batch-invariant mode a split is this long, longer only in sequences of more than 16,384 tokens.
-INVARIANT_SPLITS, INVARIANT_TOKENS = 32, 512
 
 
 @dataclass(frozen=True)
@@ -148,63 +143,3 @@ def tile_of(
     ]
     largest = max(tile.rows for tile in tiles)
     return next(tile for tile in tiles if tile.rows >= min(rows, largest))
-
-
-@functools.lru_cache(maxsize=4096)
-def splits_of(groups: int, blocks: int, slots: int) -> int:
-    """The number of splits that ends soonest, by a count of what the busiest multiprocessor does.
-
-    A program costs one unit for each block of its split, and about two for its queries and its
-    result; the second stage costs one, and a fiftieth for each partial result that it reads.
-
-    Args:
-        groups: sequences times tiles of rows.
-        blocks: of tokens in a sequence, at most.
-        slots: programs that run at a time.
-    """
-
-    def cost(splits: int) -> float:
-        waves = -(-groups * splits // slots)
-        combine = 1 + 0.02 * groups * splits if splits > 1 else 0
-        return waves * (-(-blocks // splits) + 2) + combine
-
-    return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=cost)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The grid of a call.
-
-    Attributes:
-        row_tiles, splits: programs of the first stage per sequence, and per tile of its rows.
-        min_blocks: blocks that a split takes at least.
-        partials: BLOCK_N of the second stage.
-    """
-
-    row_tiles: int
-    splits: int
-    min_blocks: int
-    partials: int
-
-
-def plan_of(
-    tile: Tile, slots: int, batch: int, rows: int, capacity: int, *, invariant: bool
-) -> Plan:
-    """The plan of a call, from its shapes alone.
-
-    In batch-invariant mode how a sequence is split depends on its own length alone: the splits are
-    as many as the page table has use for, and fewer only leave out such as would be empty.
-
-    Args:
-        tile: from `tile_of`.
-        slots: programs that the GPU runs at a time.
-        batch, rows: B and S * H.
-        capacity: tokens that a row of the page table can hold.
-        invariant: batch-invariant mode.
-    """
-    row_tiles = -(-rows // tile.rows)
-    if invariant:
-        splits = max(1, min(INVARIANT_SPLITS, -(-capacity // INVARIANT_TOKENS)))
-        return Plan(row_tiles, splits, INVARIANT_TOKENS // tile.tokens, INVARIANT_SPLITS)
-    splits = splits_of(batch * row_tiles, -(-capacity // tile.tokens), slots)
-    return Plan(row_tiles, splits, 1, 1 << (splits - 1).bit_length())
