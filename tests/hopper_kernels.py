@@ -150,11 +150,11 @@ def compiled(source: str) -> str:
     options = [b"--gpu-architecture=compute_90a", b"-lineinfo"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = bytearray(size)  # not b" " * 1: all of Python shares that object, and this writes into it
     nvrtc.nvrtcGetProgramLog(program, log)
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
     _, size = nvrtc.nvrtcGetPTXSize(program)
-    text = b" " * size
+    text = bytearray(size)
     nvrtc.nvrtcGetPTX(program, text)
     return text.rstrip(b"\0 ").decode()
 
