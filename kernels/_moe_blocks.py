@@ -24,12 +24,6 @@ from kimi_ops.kernels import _int4
 TABLES = tl.constexpr(3)  # of blocks: expert, start, count; [TABLES, blocks]
 
 
-def block_count(slots: int, experts: int, tokens: int) -> tuple[int, bool]:
-    """Blocks in the grid, and whether they are numbered by slot."""
-    by_expert = experts + slots // tokens
-    return min(slots, by_expert), slots <= by_expert
-
-
 def tables(slots: int, blocks: int, device: torch.device) -> Tensor:
     """Room for the slots, the tables of blocks and the factor of `_int4.planes`, all int32."""
     return torch.empty(slots + TABLES.value * blocks + 1, dtype=torch.int32, device=device)

@@ -39,6 +39,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kimi_ops._expert_blocks import block_count
 from kimi_ops.kernels import _int4, _int4_few_plan, _int4_many_plan, _moe_blocks, _target
 from kimi_ops.kernels._int4_product import LEAST_COLUMNS, Tile, compiled_tiles, tile_for
 from kimi_ops.kernels._moe_experts_int4 import (
@@ -82,7 +83,7 @@ class _Call:
         self.tile = tile or tile_for(x.device, self.T, self.slots, experts, gluon=gluon)
         if self.tile.gluon and self.f_shared and not _int4_many_plan.rows_fit(x, 8):
             x = x.clone(memory_format=torch.contiguous_format)
-        self.blocks, self.by_slot = _moe_blocks.block_count(self.slots, self.E, self.tile.tokens)
+        self.blocks, self.by_slot = block_count(self.slots, self.E, self.tile.tokens)
         if not self.routed:
             self.blocks = 0
 
