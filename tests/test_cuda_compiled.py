@@ -10,7 +10,7 @@ from kimi_ops.cuda._launcher import SOURCES
 from kimi_ops.testing.static.cuda_source import compile_cuda
 
 _ORDINARY = "sm_90a"
-# A value stored before the loop and loaded after it, where registers are capped for two blocks an SM.
+# A value kept across the loop, where registers are capped for two blocks an SM.
 _STACK_BYTES = {("moe_experts_int4_gate_up_kernel_fp16", "sm_90a"): 8}
 
 
