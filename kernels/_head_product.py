@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kimi_ops._batch_invariant import is_batch_invariant
-from kimi_ops.kernels._target import Target, target
+from kimi_ops._target import Target, target
 
 
 class Tile(NamedTuple):

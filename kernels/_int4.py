@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels import _target
+from kimi_ops import _target
 
 GROUP = 32
 UNITS = tl.constexpr(8)  # int16 units per group

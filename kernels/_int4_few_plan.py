@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels import _int4, _target
+from kimi_ops import _target
+from kimi_ops.kernels import _int4
 from kimi_ops.kernels._int4_product import Tile
 
 # Releases that the Gluon kernels were compiled with; its language changes with each.

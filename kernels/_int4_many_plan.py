@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kimi_ops.kernels import _int4, _target
+from kimi_ops import _target
+from kimi_ops.kernels import _int4
 from kimi_ops.kernels._int4_product import GLUON_TRITON, Tile
 
 _STEP_GROUPS = 4

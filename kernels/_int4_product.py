@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kimi_ops import _target
 from kimi_ops._batch_invariant import is_batch_invariant
-from kimi_ops.kernels import _target
 from kimi_ops.kernels._int4_few import separated
 from kimi_ops.kernels._int4_many import blocked
 

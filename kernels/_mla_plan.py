@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kimi_ops.kernels._target import Target
+from kimi_ops._target import Target
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels import _int4, _int4_many_plan, _target
+from kimi_ops import _target
+from kimi_ops.kernels import _int4, _int4_many_plan
 from kimi_ops.kernels._int4_product import Tile, compiled_tiles, product, tile_for
 
 BATCH_INVARIANT = True  # then `tile_for` has one answer

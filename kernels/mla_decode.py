@@ -46,12 +46,12 @@ from torch import Tensor
 
 from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops._mla_plan import MAX_SPLITS, Plan, plan_of
+from kimi_ops._target import Target, target
 from kimi_ops.kernels._e4m3 import FP8_CACHE, is_aligned_fp8
 from kimi_ops.kernels._int4 import takes_assembly
 from kimi_ops.kernels._mla_combine import mla_decode_combine_kernel
 from kimi_ops.kernels._mla_plan import ARCHES_OF, TILES, TILES_FP8, Tile, table_of, tile_of
 from kimi_ops.kernels._mla_split import mla_decode_split_kernel
-from kimi_ops.kernels._target import Target, target
 from kimi_ops.quant.latent_fp8 import entry_bytes
 
 BATCH_INVARIANT = True  # then `plan_of` fixes the split size

@@ -37,11 +37,11 @@ from torch import Tensor
 
 from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops._mla_plan import MAX_SPLITS, Plan
+from kimi_ops._target import Target, target
 from kimi_ops.kernels import mla_project_value
 from kimi_ops.kernels._mla_combine import split_weights
 from kimi_ops.kernels._mla_plan import TILES
 from kimi_ops.kernels._mla_split import split_bounds
-from kimi_ops.kernels._target import Target, target
 from kimi_ops.kernels.mla_decode import FirstStage
 from kimi_ops.kernels.mla_decode import unsupported as attention_unsupported
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_ops._target import target
 from kimi_ops.kernels import _packed_attention
 from kimi_ops.kernels._packed_attention import Tile, candidates, packed_attention_kernel
-from kimi_ops.kernels._target import target
 from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # tiles follow from the head's width alone

@@ -14,11 +14,10 @@
         | shared: row tile 0, token blocks | shared: row tile 1 | .. | row tile 0: block 0 1 .. | ..
 
 The shared expert's 16-bit weights are further programs of the same launches. Unused blocks end
-after one load. With up to 8 tokens a block the form is `_int4_few.separated`, above it
-`_int4_many.blocked`; from 8 tokens on `_int4_many_gluon` where `_int4_many_plan` says that a call
-is such as it is for. How many tokens a block holds follows from shapes alone (`_int4_product`):
-enough for an expert's tokens under even routing in most cases, at most 64; more of them read the
-weights again. In batch-invariant mode it is 16 always.
+after one load. The form follows from the tokens in a block: `_int4_few_direct` for 1 and 2 and
+`_int4_many_gluon` from 8 on, where `_int4_few_plan` and `_int4_many_plan` say that a call is such
+as they are for, else `_int4_few.separated` up to 8 and `_int4_many.blocked` above. A block holds at
+most 64 (`_int4_product`), 16 in batch-invariant mode; more of them read the weights again.
 
 Shared memory: 3 or 4 stages of codes and x, 17 to 104 KiB. Bytes: 0.5625 per weight of a chosen
 expert (codes and 16-bit scales), once per block; x, h and the slot rows add 2 percent at T = 1.
@@ -40,7 +39,8 @@ import triton
 from torch import Tensor
 
 from kimi_ops._expert_blocks import block_count
-from kimi_ops.kernels import _int4, _int4_few_plan, _int4_many_plan, _moe_blocks, _target
+from kimi_ops._target import targeting
+from kimi_ops.kernels import _int4, _int4_few_plan, _int4_many_plan, _moe_blocks
 from kimi_ops.kernels._int4_product import LEAST_COLUMNS, Tile, compiled_tiles, tile_for
 from kimi_ops.kernels._moe_experts_int4 import (
     moe_experts_int4_down_kernel,
@@ -365,14 +365,14 @@ def static_cases() -> Iterable[Any]:
     )
     for tile, arches, gpu in compiled_tiles():
         tokens = tile.tokens
-        with _target.targeting(gpu):
+        with targeting(gpu):
             forms = (False, True) if _int4_few_plan.fits(tile, torch.device("meta")) else (False,)
         for direct, (dtype, d, f) in itertools.product(forms, widths):
             if tile.gluon and d == 160:
                 continue  # no whole steps
             if direct:
                 arches = tuple(arch for arch in arches if arch in _int4_few_plan.ARCHES)
-            with _target.targeting(gpu):
+            with targeting(gpu):
                 made = call(tile, max(tokens, 2), dtype, d, f, direct=direct)
                 name = f"{str(dtype).removeprefix('torch.')}_{d}x{f}_{tokens}_{arches[0]}"
                 gate_up_kernel, down_kernel, options = made.kernels()

@@ -43,9 +43,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops import _arrivals
+from kimi_ops import _arrivals, _target
 from kimi_ops._batch_invariant import is_batch_invariant
-from kimi_ops.kernels import _target, moe_select
+from kimi_ops.kernels import moe_select
 from kimi_ops.kernels._selection import select_rows
 from kimi_ops.kernels._tiles import TileChoice
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kimi_ops import _target
 from kimi_ops._batch_invariant import batch_invariant
-from kimi_ops.kernels import _int4_many_plan, _target, int4_linear, moe_experts_int4
+from kimi_ops.kernels import _int4_many_plan, int4_linear, moe_experts_int4
 from kimi_ops.kernels._int4_product import tile_for
 from kimi_ops.quant import int4
 from kimi_ops.testing import cases

@@ -24,7 +24,7 @@ from kimi_ops.testing.inputs import int4, mla, moe, norm, vision
 
 pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
 
-from kimi_ops.kernels._target import targeting
+from kimi_ops._target import targeting
 from kimi_ops.testing.runner import emulated, target_of
 from kimi_ops.testing.triton_interpreter import interpreted
 

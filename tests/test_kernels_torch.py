@@ -19,7 +19,7 @@ from kimi_ops.testing import cases
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
 
-from kimi_ops.kernels._target import targeting  # noqa: E402
+from kimi_ops._target import targeting  # noqa: E402
 from kimi_ops.testing.runner import target_of  # noqa: E402
 from kimi_ops.testing.ways import ways_of, with_way  # noqa: E402
 

@@ -20,7 +20,7 @@ from kimi_ops.testing.inputs import int4, mla, moe
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
 
-from kimi_ops.kernels._target import targeting  # noqa: E402
+from kimi_ops._target import targeting  # noqa: E402
 from kimi_ops.testing.runner import target_of  # noqa: E402
 from kimi_ops.testing.ways import WAYS, with_way  # noqa: E402
 

@@ -78,9 +78,9 @@ def test_lost_page_is_nan_for_its_sequence_alone(backend):
 # The Triton kernels beyond the common body.
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
 
+from kimi_ops._target import targeting  # noqa: E402
 from kimi_ops.kernels import mla_decode as kernels  # noqa: E402
 from kimi_ops.kernels._mla_plan import TILES  # noqa: E402
-from kimi_ops.kernels._target import targeting  # noqa: E402
 from kimi_ops.testing.runner import emulated, target_of  # noqa: E402
 from kimi_ops.testing.static import (  # noqa: E402
     assert_no_spills,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kimi_ops._batch_invariant import batch_invariant
+from kimi_ops._target import Target, targeting
 from kimi_ops.kernels import mla_decode_value as kernels
-from kimi_ops.kernels._target import Target, targeting
 from kimi_ops.reference.mla_decode import mla_decode
 from kimi_ops.reference.mla_decode_value import mla_decode_value
 from kimi_ops.testing import cases, check_op

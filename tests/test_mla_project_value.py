@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import kimi_ops
+from kimi_ops._target import targeting
 from kimi_ops.kernels import _head_product
 from kimi_ops.kernels import mla_project_value as kernel
-from kimi_ops.kernels._target import targeting
 from kimi_ops.reference.mla_project_value import mla_project_value
 from kimi_ops.testing import check_op
 from kimi_ops.testing.inputs import mla

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kimi_ops
-from kimi_ops.kernels._target import targeting
+from kimi_ops._target import targeting
 from kimi_ops.model.kimi import KimiK25
 from kimi_ops.model.make_checkpoint import make_checkpoint, tiny_config
 from kimi_ops.testing.oracle import assert_close_to_oracle

@@ -12,8 +12,8 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 import kimi_ops
+from kimi_ops import _target
 from kimi_ops._batch_invariant import batch_invariant
-from kimi_ops.kernels import _target
 from kimi_ops.kernels import moe_experts_int4 as kernels
 from kimi_ops.kernels._int4_product import tile_for
 from kimi_ops.quant import int4

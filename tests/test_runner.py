@@ -189,7 +189,7 @@ try:
         kimi_ops.silu_mul(torch.ones(1, 4))
 except kimi_ops.BackendError as error:
     print(error)
-import kimi_ops.kernels, kimi_ops.kernels._target
+import kimi_ops.kernels, kimi_ops._target
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

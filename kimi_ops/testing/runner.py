@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from kimi_ops._backends import simulated
+from kimi_ops._target import Target, is_named, targeting
 from kimi_ops.cuda._launcher import use_launcher
-from kimi_ops.kernels._target import Target, is_named, targeting
 from kimi_ops.testing.cuda_runner import EmulatedLauncher, compile_kernel, parsed, run_cuda
 from kimi_ops.testing.devices import device
 from kimi_ops.testing.ptx import Checks, Kernel, LaunchError, Report

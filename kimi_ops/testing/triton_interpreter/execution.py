@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, KernelParam, TensorWrapper, mangle_t
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kimi_ops._backends import simulated
-from kimi_ops.kernels._target import in_python
+from kimi_ops._target import in_python
 from kimi_ops.testing.triton_interpreter import language
 from kimi_ops.testing.triton_interpreter.arithmetic import handle
 from kimi_ops.testing.triton_interpreter.builder import Builder, refuse_unreviewed
