@@ -91,12 +91,16 @@ LEAST_COLUMNS = 16 if triton.__version__.startswith("3.4.") else 8
 if LEAST_COLUMNS == 16:
     _TILES = _TILES_SMALL_SHARED = _TILES_AMD
 # Gluon: 4 warps, which are a warpgroup; a stage is 8 KiB of codes and 256 B per token, and their
-# number a power of two. With mma.sync 64 tokens spill (sm_80), with wgmma 128.
-_TILES_MMA_SYNC = {
+# number a power of two. With mma.sync 64 tokens spill (sm_80), with wgmma 128. Without a number of
+# registers ptxas aims at 80 for 16 tokens on sm_100 and sm_120 and spills, where shared memory
+# allows no more programs than 144 do.
+_TILES_WGMMA = {
     n: Tile(tokens=n, groups=4, steps=1, rows=64, warps=4, stages=4, gluon=True)
-    for n in (8, 16, 32)
+    for n in (8, 16, 32, 64)
 }
-_TILES_WGMMA = _TILES_MMA_SYNC | {64: _TILES_MMA_SYNC[32]._replace(tokens=64)}
+_TILES_MMA_SYNC = {
+    n: tile._replace(registers=144 * (n == 16)) for n, tile in _TILES_WGMMA.items() if n < 64
+}
 
 
 _GPUS = {

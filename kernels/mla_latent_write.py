@@ -254,24 +254,30 @@ def launch(
 
 
 def static_cases() -> Iterable[Any]:
-    """Kimi K2.5's widths at a usual page size, at one of a single token, and at an odd one."""
+    """Kimi K2.5's widths at a usual page size, at one of a single token, and at an odd one.
+
+    In the activations' cache format, and in fp8.
+    """
     from kimi_ops.testing.static import StaticCase
 
-    widths = (1536, 512, 64)
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, c, r = 1536, 512, 64
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for page, index in ((64, torch.int32), (1, torch.int64), (7, torch.int64)):
-            q, c, r = widths
-            empty = torch.empty
-            arguments, warps = _arguments(
-                q_a=empty(64, q, dtype=dtype, device="meta"),
-                qkv_a=empty(64, q + c + r, dtype=dtype, device="meta"),
-                q_norm_weight=empty(q, dtype=dtype, device="meta"),
-                kv_norm_weight=empty(c, dtype=dtype, device="meta"),
-                positions=empty(64, dtype=index, device="meta"),
-                inv_freq=empty(r // 2, device="meta"),
-                slot_mapping=empty(64, dtype=index, device="meta"),
-                kv_cache=empty(4096 // page, page, c + r, dtype=dtype, device="meta"),
-                eps=1e-5,
-            )
-            name = f"page_{page}_{str(dtype).removeprefix('torch.')}"
-            yield StaticCase.of_call(name, mla_latent_write_kernel, arguments, num_warps=warps)
+        for cache, entry in ((dtype, c + r), (torch.uint8, latent_fp8.entry_bytes(c, r))):
+            for page, index in ((64, torch.int32), (1, torch.int64), (7, torch.int64)):
+                arguments, warps = _arguments(
+                    q_a=empty(64, q, dtype=dtype),
+                    qkv_a=empty(64, q + c + r, dtype=dtype),
+                    q_norm_weight=empty(q, dtype=dtype),
+                    kv_norm_weight=empty(c, dtype=dtype),
+                    positions=empty(64, dtype=index),
+                    inv_freq=empty(r // 2),
+                    slot_mapping=empty(64, dtype=index),
+                    kv_cache=empty(4096 // page, page, entry, dtype=cache),
+                    eps=1e-5,
+                )
+                name = f"page_{page}_{str(dtype).removeprefix('torch.')}"
+                name += "_fp8" * (cache == torch.uint8)
+                yield StaticCase.of_call(name, mla_latent_write_kernel, arguments, num_warps=warps)
