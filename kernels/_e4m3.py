@@ -51,8 +51,7 @@ FP8_CACHE = (
 def is_aligned_fp8(kv_cache: Tensor, kv_lora_rank: int) -> bool:
     """Whether all parts of the tokens of an fp8 cache start on 16 bytes; see `FP8_CACHE`."""
     page, token, byte = kv_cache.stride()
-    place = kv_cache.data_ptr() if kv_cache.device.type != "meta" else 0
-    return byte == 1 and (place | page | token | kv_lora_rank) % 16 == 0
+    return byte == 1 and (kv_cache.data_ptr() | page | token | kv_lora_rank) % 16 == 0
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def takes_assembly(device: torch.device) -> bool:
 
 
 def _row_refusal(name: str, packed: Tensor, scale: Tensor) -> str | None:
-    if packed.stride(-1) != 1 or scale.stride(-1) != 1:
+    if packed.stride(-1) != 1 or (scale.shape[-1] > 1 and scale.stride(-1) != 1):
         return f"{name} and its scales must have neighbouring columns side by side in memory"
     rows = [s for s, size in zip(packed.stride()[:-1], packed.shape[:-1], strict=True) if size > 1]
     if packed.data_ptr() % _CHUNK_BYTES or any(4 * s % _CHUNK_BYTES for s in rows):
@@ -185,7 +185,8 @@ def lift(top, dtype: tl.constexpr):
 
     `_int4_few_direct` multiplies a code u as the number of which it is the bits, u * 2^-133 in
     bfloat16 and u * 2^-24 in float16. So that products stay normal float32 numbers, x of a group is
-    brought just below 2^121 or 2^15 by a power of two. The second factor and `unlift_of` undo both.
+    brought just below 2^121 or 2^15 by a power of two, by 2^126 at most (in bfloat16 a group whose
+    largest x is below 2^-119 may lose bits). The second factor and `unlift_of` undo both.
     """
     exponent = (top.to(tl.int32, bitcast=True) >> 23) - 127
     if dtype == tl.bfloat16:

@@ -14,11 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_ops import _target
-from kimi_ops.kernels import _int4
+from kimi_ops.kernels import _gluon, _int4
 from kimi_ops.kernels._int4_product import Tile
 
-# Releases that the Gluon kernels were compiled with; its language changes with each.
-GLUON_TRITON = ("3.7.", "3.8.")
 # GPUs with mma.sync of which it is published that it takes subnormal operands as what they are.
 _CAPABILITIES = range(80, 91)
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90a")
@@ -30,13 +28,13 @@ _SHIFT = 1 << 24  # `_int4_few_direct`: what makes the upper half of a product a
 
 def fits(tile: Tile, device: torch.device) -> bool:
     """Whether a launch with a tile goes to `_int4_few_direct`."""
-    if tile.tokens > 2 or tile.gluon or not triton.__version__.startswith(GLUON_TRITON):
+    if tile.tokens > 2 or tile.gluon or not _gluon.compiles():
         return False
     return _int4.takes_assembly(device) and _target.target(device).capability in _CAPABILITIES
 
 
 def arguments(tokens: int, packed: Tensor, scale: Tensor) -> dict[str, Any]:
-    """Those of `_int4_few_direct.direct` that depend on weights ``[E, N, K/8]`` or ``[N, K/8]``."""
+    """Those of `_int4_few_direct.direct` that depend on weights ``[E, N, K/8]``."""
     groups, per_tile = scale.shape[-1], 8 // tokens
     tiles = next((n for n in (4, 2, 1) if groups % (per_tile * n) == 0), 1)
     halves = None
@@ -45,7 +43,6 @@ def arguments(tokens: int, packed: Tensor, scale: Tensor) -> dict[str, Any]:
         halves = getattr(tl, str(scale.dtype).removeprefix("torch."))
         scale = scale.view(torch.int32)
     align = math.gcd(8, *scale.stride()[:-1])
-    names = ("stride_scale_e", "stride_scale_n")[-len(scale.stride()) + 1 :]
     return {
         "words_ptr": packed,
         "scale_ptr": scale,
@@ -55,4 +52,6 @@ def arguments(tokens: int, packed: Tensor, scale: Tensor) -> dict[str, Any]:
         "TILES": tiles,
         "SCALE_ALIGN": align,
         "EVEN": groups % (per_tile * tiles) == 0,
-    } | {name: stride // align for name, stride in zip(names, scale.stride(), strict=False)}
+        "stride_scale_e": scale.stride(0) // align,
+        "stride_scale_n": scale.stride(1) // align,
+    }

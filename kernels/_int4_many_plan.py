@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kimi_ops import _target
-from kimi_ops.kernels import _int4
-from kimi_ops.kernels._int4_product import GLUON_TRITON, Tile
+from kimi_ops.kernels import _gluon, _int4
+from kimi_ops.kernels._int4_product import Tile
 
 _STEP_GROUPS = 4
 _DENSE_STEP = 64
@@ -37,7 +36,7 @@ def fits(x: Tensor, scales: Iterable[Tensor], dense: Iterable[Tensor]) -> bool:
         scales: of the int4 weights, ``[.., N, K/32]``.
         dense: 16-bit weights, ``[N, K]``.
     """
-    if not triton.__version__.startswith(GLUON_TRITON) or not _int4.takes_assembly(x.device):
+    if not _gluon.compiles() or not _int4.takes_assembly(x.device):
         return False
     return all(
         scale.dtype == x.dtype

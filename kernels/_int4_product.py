@@ -16,12 +16,11 @@ import triton.language as tl
 
 from kimi_ops import _target
 from kimi_ops._batch_invariant import is_batch_invariant
+from kimi_ops.kernels import _gluon
 from kimi_ops.kernels._int4_few import separated
 from kimi_ops.kernels._int4_many import blocked
 
 _INVARIANT_TOKENS = 16
-# Releases of Triton that `_int4_many_gluon` was compiled with; Gluon changes with each.
-GLUON_TRITON = ("3.7.", "3.8.")
 
 
 class Tile(NamedTuple):
@@ -149,7 +148,7 @@ def tile_for(
 def compiled_tiles() -> Iterator[tuple[Tile, tuple[str, ...], _target.Target]]:
     """Every tile with the architectures that use it, and one of their GPUs; for static cases."""
     groups: dict[tuple[Tile, bool], list[tuple[str, _target.Target]]] = {}
-    gluon = triton.__version__.startswith(GLUON_TRITON)
+    gluon = _gluon.compiles()
     for arch, gpu in _GPUS.items():
         with _target.targeting(gpu):
             device = torch.device("meta")

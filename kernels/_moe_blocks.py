@@ -8,8 +8,8 @@ has as many as there can be, and the unused ones are marked empty::
     blocks   [0: 4][0: 1][1: 2][3: 3][    ][    ]  TOKENS = 4; expert, start in slots, count
 
 An expert's first block follows from the slots before it alone, so that one program per expert
-writes the tables with no help from the others: as the slot itself where slots are fewer than
-experts, else as expert + slot / TOKENS, which leaves every expert enough room.
+writes the tables with no help from the others: as the slot itself where that takes no more blocks
+(few slots), else as expert + slot / TOKENS, which leaves every expert enough room.
 """
 
 from __future__ import annotations

@@ -121,7 +121,6 @@ def moe_experts_int4_gate_up_direct_kernel(
     TILES: gl.constexpr,
     SCALE_ALIGN: gl.constexpr,
     EVEN: gl.constexpr,
-    EXACT: gl.constexpr,
     EVEN_SHARED: gl.constexpr,
     SHARED: gl.constexpr,
 ):

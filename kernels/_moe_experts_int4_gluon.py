@@ -9,18 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kimi_ops.kernels._int4_many_gluon import OUT, ROWS, dense, product, slots_of, store_rows
-
-_TABLES = gl.constexpr(3)  # of `_moe_blocks`
-
-
-@gluon.jit
-def _block(tables_ptr, slot_count, blocks, block):
-    """A block's expert (int64), first slot and number of slots, and the factor of `_int4`."""
-    at_ptr = tables_ptr + slot_count
-    expert = gl.load(at_ptr + block).to(gl.int64)
-    start = gl.load(at_ptr + block + blocks)
-    count = gl.load(at_ptr + block + 2 * blocks)
-    return expert, start, count, gl.load(at_ptr + _TABLES * blocks)
+from kimi_ops.kernels._moe_blocks import TABLES, read_block
 
 
 @gluon.jit
@@ -74,7 +63,8 @@ def moe_experts_int4_gate_up_gluon_kernel(
         gl.store(h_ptrs + (n + offs_n)[:, None], h, mask=mask)
     else:
         program -= shared_programs
-        expert, start, count, shift = _block(tables_ptr, T * K, blocks, program % blocks)
+        expert, start, count = read_block(tables_ptr, T * K, blocks, program % blocks)
+        shift = gl.load(tables_ptr + T * K + TABLES * blocks)
         if count > 0:
             n = program // blocks * ROWS
             slots_ptr = tables_ptr + start
@@ -133,7 +123,8 @@ def moe_experts_int4_down_gluon_kernel(
         store_rows(rows_ptr, a, b, n, D, (slot_count + t + offs_t).to(gl.int64), t + offs_t < T)
     else:
         program -= shared_programs
-        expert, start, count, shift = _block(tables_ptr, slot_count, blocks, program % blocks)
+        expert, start, count = read_block(tables_ptr, slot_count, blocks, program % blocks)
+        shift = gl.load(tables_ptr + slot_count + TABLES * blocks)
         if count > 0:
             n = program // blocks * (2 * ROWS)
             a, b = product(

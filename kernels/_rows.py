@@ -7,19 +7,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kimi_ops._strided_rows import Rows, or_packed, rows_of
-
-__all__ = [
-    "Rows",
-    "Tile",
-    "norm_candidates",
-    "norm_tile",
-    "or_packed",
-    "rms_factor",
-    "row_offsets",
-    "rows_of",
-]
-
 
 class Tile(NamedTuple):
     """Rows and columns of a program, and its warps."""

@@ -113,7 +113,8 @@ def _load_logits(logits_ptr, offs, mask, stride_logits_s, SPLITS: tl.constexpr):
     """Logits, the sum of SPLITS partial ones in their order."""
     x = tl.load(logits_ptr + offs, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        x += tl.load(logits_ptr + split * stride_logits_s + offs, mask=mask, other=0.0)
+        part_ptr = logits_ptr + tl.cast(stride_logits_s, tl.int64) * split
+        x += tl.load(part_ptr + offs, mask=mask, other=0.0)
     return x
 
 

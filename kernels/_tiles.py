@@ -77,7 +77,8 @@ class TileChoice:
             sizes: those named ``row``, then the one named ``batch``.
 
         Raises:
-            ValueError: ``KIMI_OPS_TILES`` names a file that is damaged or of another GPU.
+            ValueError: ``KIMI_OPS_TILES`` names a file that is damaged, or of another GPU and has
+                an entry for these sizes.
         """
         source = _SOURCE.get()
         if source is None:

@@ -23,14 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels._rows import (
-    Tile,
-    norm_candidates,
-    norm_tile,
-    or_packed,
-    rms_factor,
-    row_offsets,
-)
+from kimi_ops._strided_rows import or_packed
+from kimi_ops.kernels._rows import Tile, norm_candidates, norm_tile, rms_factor, row_offsets
 from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # tiles follow from the width of a row alone

@@ -31,7 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels._rows import or_packed, row_offsets
+from kimi_ops._strided_rows import or_packed
+from kimi_ops.kernels._rows import row_offsets
 
 BATCH_INVARIANT = True  # a row is one program's, and tiles follow from its width alone
 ELEMENTS = 2048  # of each side in a program

@@ -26,7 +26,7 @@ lse is a natural logarithm. Rows without keys have out 0 and lse -inf; a page id
 is no page makes the sequence's results NaN. The order of all sums is the same from run to run.
 
 Which first stage runs: `_mla_split` (plain Triton, every GPU); on sm_90 with Kimi K2.5's widths,
-pages of 64 n tokens and a Triton of `GLUON_TRITON`, `_mla_split_sm90` from 33 and
+pages of 64 n tokens and a Triton that `_gluon` names, `_mla_split_sm90` from 33 and
 `_mla_split_sm90_narrow` up to 16 query rows. The second stage is in `_mla_combine`.
 
 Source: DeepSeek-V2, arXiv 2405.04434 section 2.1; split over keys: Flash-Decoding, 2023.
@@ -47,6 +47,7 @@ from torch import Tensor
 from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops._mla_plan import MAX_SPLITS, Plan, plan_of
 from kimi_ops._target import Target, target
+from kimi_ops.kernels import _gluon
 from kimi_ops.kernels._e4m3 import FP8_CACHE, is_aligned_fp8
 from kimi_ops.kernels._int4 import takes_assembly
 from kimi_ops.kernels._mla_combine import mla_decode_combine_kernel
@@ -61,8 +62,6 @@ MAX_CAPACITY = 1 << 30  # tokens of a page table's row: counted in int32
 # One warp holds all splits of its columns, so that nothing goes through shared memory; 64 registers
 # of a thread hold the partials in flight.
 COMBINE_WARPS, COMBINE_TILE = 1, 2048
-# Releases of Triton that `_mla_split_sm90` was compiled with; Gluon changes with each.
-GLUON_TRITON = ("3.7.", "3.8.")
 
 
 def _padded(width: int) -> int:
@@ -95,14 +94,14 @@ def unsupported(
 
 def _fits_gluon(gpu: Target, q_latent: Tensor, kv_cache: Tensor, kv_lora_rank: int) -> bool:
     """Whether this Triton and this call are such as the Gluon kernels for sm_90 were made for."""
-    if table_of(gpu) != "sm_90" or not triton.__version__.startswith(GLUON_TRITON):
+    if table_of(gpu) != "sm_90" or not _gluon.compiles():
         return False
     if kv_cache.dtype == torch.uint8:
         return False  # their copies bring the cache to shared memory as it is
-    return bool(_gluon("_mla_split_sm90").fits(q_latent, kv_cache, kv_lora_rank))
+    return bool(_kernels_of("_mla_split_sm90").fits(q_latent, kv_cache, kv_lora_rank))
 
 
-def _gluon(module: str) -> ModuleType:
+def _kernels_of(module: str) -> ModuleType:
     """A module of Gluon kernels, imported at its first use: not every Triton can."""
     return importlib.import_module(f"kimi_ops.kernels.{module}")
 
@@ -318,7 +317,7 @@ def static_cases() -> Iterable[Any]:
                     f"split_{'fp8_' * fp8}{table}_{name}", mla_decode_split_kernel, arguments,
                     num_warps=tile.warps, num_stages=tile.stages, arches=ARCHES_OF[table],
                 )  # fmt: skip
-    if triton.__version__.startswith(GLUON_TRITON):
+    if _gluon.compiles():
         for tile in (tile for tile in TILES["sm_90"] if tile.gluon):
             for splits in (8, 1):
                 tensors = call(tile.rows, 64, splits, 512, 64, tile.direct and splits == 1)

@@ -91,8 +91,7 @@ class _Call:
             return torch.empty(shape, dtype=dtype, device=x.device)
 
         self.direct = _int4_few_plan.fits(self.tile, x.device) if direct is None else direct
-        lifted = 1 + self.direct
-        groups, groups_down = lifted * self.D // 32, lifted * self.F // 32
+        groups, groups_down = ((1 + self.direct) * n // 32 for n in (self.D, self.F))
         self.tables = _moe_blocks.tables(self.slots, self.blocks, x.device)
         d, f = (triton.cdiv(n, 64) * 64 if self.direct else n for n in (self.D, self.F))
         self.xr = room(self.T * d + _int4_few_plan.ZEROS * self.direct)
@@ -184,7 +183,6 @@ class _Call:
                 "zeros_ptr": self.xr[-_int4_few_plan.ZEROS :],
                 "stride_words_e": strides[0],
                 "stride_words_n": strides[1],
-                "EXACT": shared_rows % rows == 0,
                 "EVEN_SHARED": width % 64 == 0,
             }
         return shared_programs, arguments | {
@@ -251,7 +249,9 @@ class _Call:
             "rows_ptr": self.rows,
             "D": self.D,
         }
-        if self.tile.gluon:
+        if self.direct:
+            arguments["EXACT"] = self.D % rows == 0
+        elif self.tile.gluon:
             del arguments["bias_ptr"]
         return programs + triton.cdiv(self.D, rows) * self.blocks, arguments
 
@@ -315,11 +315,11 @@ def launch(
 ) -> None:
     if y.numel() == 0:
         return
-    if x.stride(1) != 1:
-        x = x.contiguous()
     shared = None
     if shared_gate_up is not None and shared_down is not None:
         shared = shared_gate_up, shared_down
+        if x.stride(1) != 1:
+            x = x.contiguous()
     call = _Call(
         y,
         x,

@@ -53,6 +53,7 @@ BATCH_INVARIANT = True  # then every call has 8 parts, one tile and two launches
 _FEW = 4  # tokens up to which a product of vectors beats one of matrices: x still fits registers
 _ONE_LAUNCH = 8 * _arrivals.PER_LAUNCH
 _FEW_COLUMNS = 1024  # of a step: a 16-byte load for each thread of 4 warps
+_FEW_WIDEST = 16 * _FEW_COLUMNS  # columns of x: its steps are unrolled
 _FEW_ROWS = 4  # of the gate at most; each is 8 accumulators a thread and token
 
 
@@ -277,7 +278,7 @@ def plan(
     target = _target.target(x.device)
     multiprocessors = target.multiprocessors
     on_tensor_cores = x.dtype == gate_weight.dtype and x.element_size() == 2
-    few = tokens <= _FEW and not is_batch_invariant()
+    few = tokens <= _FEW and D <= _FEW_WIDEST and not is_batch_invariant()
     one_launch = tokens <= _ONE_LAUNCH and not is_batch_invariant()
     if one_launch:
         tile = _NARROW if on_tensor_cores else _NARROW_FLOAT32
@@ -314,7 +315,7 @@ def plan(
             "ROWS": rows,
             "BLOCK_T": triton.next_power_of_2(tokens),
             "BLOCK_E": triton.next_power_of_2(rows),
-            "BLOCK_D": min(triton.next_power_of_2(D), _FEW_COLUMNS),
+            "BLOCK_D": min(triton.next_power_of_2(max(D, 1)), _FEW_COLUMNS),
             "SELECT_T": 4,  # a row for each warp, so that each row has one
         }
         grid = (triton.cdiv(experts, rows),)

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_ops.kernels._rows import Tile, or_packed, row_offsets
+from kimi_ops._strided_rows import or_packed
+from kimi_ops.kernels._rows import Tile, row_offsets
 from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # tiles follow from the width of a row alone

@@ -100,10 +100,15 @@ class Op:
         self._check(*args)
         if torch.is_grad_enabled():
             self._refuse_gradients(args)
-        device = args[self._device_arg].device.type
+        place = args[self._device_arg].device
+        device = place.type
         if torch.is_autocast_enabled(device):
             # The contract's dtypes hold inside autocast too: a float32 router stays one.
             with torch.autocast(device, enabled=False):
+                return self._run(*args)
+        if device == "cuda" and place.index != torch.cuda.current_device():
+            # Triton launches on the current device, whatever device its tensors are on.
+            with torch.cuda.device(place):
                 return self._run(*args)
         choice = _CHOICE.get()
         if choice is None:

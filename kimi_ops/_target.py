@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class Target:
 
     Attributes:
         vendor: "cuda" or "hip".
-        capability: of CUDA, ``10 * major + minor``: 80, 86, 89, 90, 100, 120; of HIP the number of
-            the gfx name, 942.
+        capability: of CUDA, ``10 * major + minor``: 80, 86, 89, 90, 100, 120; of HIP the digits
+            after gfx, 942 (90 of gfx90a).
         multiprocessors: SMs, or compute units.
         shared_bytes: shared memory that one thread block may use.
     """
@@ -41,10 +42,12 @@ _IN_PYTHON: ContextVar[bool] = ContextVar("kimi_ops_in_python", default=False)
 @functools.cache
 def _of_device(index: int) -> Target:
     properties: Any = torch.cuda.get_device_properties(index)  # its stub lacks what is read here
-    shared = int(properties.shared_memory_per_block_optin)
     if torch.version.hip is not None:
-        number = int(properties.gcnArchName.split(":")[0].removeprefix("gfx"))
+        digits = re.match(r"gfx(\d+)", properties.gcnArchName)
+        number = int(digits[1]) if digits else 0
+        shared = int(getattr(properties, "shared_memory_per_block", 64 << 10))
         return Target("hip", number, properties.multi_processor_count, shared)
+    shared = int(properties.shared_memory_per_block_optin)
     major, minor = torch.cuda.get_device_capability(index)
     return Target("cuda", 10 * major + minor, properties.multi_processor_count, shared)
 

@@ -83,6 +83,10 @@ def moe_route_special(generator: torch.Generator, special: str) -> tuple[Any, ..
     elif special == "saturated":
         gate *= 1000  # sigmoids of exactly 0 and 1
         bias = torch.arange(48, 0, -1) / 64.0
+    elif special.startswith("no-columns"):
+        x, gate = x[:, :0], gate[:, :0]  # every logit is 0
+        if special.endswith("-2"):
+            x = x[:2]
     return x, gate, bias, 6, 1, 1, _SCALE, True
 
 
@@ -187,6 +191,8 @@ _SPECIALS = ("ties", "nan-rows", "one-nan-expert", "masked-experts", "saturated"
 for _special in _SPECIALS:
     add("moe_route", _special, moe_route_special, special=_special)
     add("moe_select", _special, moe_select, special=_special)
+for _special in ("no-columns", "no-columns-2"):
+    add("moe_route", _special, moe_route_special, special=_special)
 
 for _routing in ("uniform", "skewed", "one-expert", "foreign"):
     add("moe_sort", _routing, moe_sort, tokens=65, experts=48, top_k=6, routing=_routing)
