@@ -15,8 +15,9 @@ as no two launches that may overlap share a counter:
   zeroed by a node of it. That costs a launch, so one eager call before recording is worth it.
 
 What breaks it: a launch that is killed halfway (the CUDA context is then lost with all its memory),
-and a stream destroyed while its work runs whose handle a new stream gets. Without a GPU (the
-interpreter, the emulator) every call has counters of its own.
+and a stream destroyed while its work runs whose handle a new stream gets. The first call on a
+device waits for it, which breaks a recording that another thread has begun there. Without a GPU
+(the interpreter, the emulator) every call has counters of its own.
 """
 
 from __future__ import annotations

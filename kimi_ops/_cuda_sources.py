@@ -24,7 +24,10 @@ def digest(source: Path) -> str:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The architecture to compile for on a device: with "a" where kernels use such features."""
+    """The architecture to compile for on a device: with "a" where the fatbins have it so.
+
+    Kernels for sm_90 use its features; those for sm_100 could, and do not yet.
+    """
     name = f"sm_{capability[0]}{capability[1]}"
     return f"{name}a" if capability in ((9, 0), (10, 0)) else name
 

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from kimi_ops._cuda_sources import OPTIONS, architecture, digest, serves
+from kimi_ops._target import target
 
 FATBINS = Path(__file__).parent / "_lib" / "cuda"
 REMEDY = "pip install 'kimi-ops[cuda13]' (or [cuda12]): CuPy and NVRTC"
-STATIC_SHARED_BYTES = 48 * 1024  # what a kernel may use without opting in
 
 Argument = Tensor | int | float | None
 
@@ -122,12 +122,12 @@ class Cached:
         """Renames both files into place; raises OSError where the folder cannot be written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         digest_of = hashlib.sha256(cubin).hexdigest().encode()
-        for target, content in ((self.path, cubin), (self._digest, digest_of)):
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        for place, content in ((self.path, cubin), (self._digest, digest_of)):
+            handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(content)
-                os.replace(name, target)
+                os.replace(name, place)
             except OSError:
                 os.unlink(name)
                 raise
@@ -219,11 +219,14 @@ def _module(source: Path, device: int) -> Any:
 
 
 @functools.cache
-def _kernel(source: Path, name: str, device: int, shared_bytes: int) -> Any:
-    """A kernel, on the current device, which may use that much dynamic shared memory."""
+def _kernel(source: Path, name: str, device: int) -> Any:
+    """A kernel, on the current device, which may use all the shared memory that a block can have.
+
+    Without that a launch may have 48 KiB, static and dynamic together.
+    """
     kernel = _module(source, device).get_function(name)
-    if shared_bytes > STATIC_SHARED_BYTES:
-        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    most = target(torch.device("cuda", device)).shared_bytes
+    kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
     return kernel
 
 
@@ -267,5 +270,5 @@ class CupyLauncher:
         cupy = importlib.import_module("cupy")
         stream = torch.cuda.current_stream(device).cuda_stream
         with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
-            kernel = _kernel(source, name, device.index, shared_bytes)
+            kernel = _kernel(source, name, device.index)
             kernel(tuple(grid), tuple(block), packed_arguments(args), shared_mem=shared_bytes)

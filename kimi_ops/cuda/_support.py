@@ -29,3 +29,8 @@ def is_aligned(*tensors: Tensor) -> bool:
         if x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in strides):
             return False
     return True
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, or a packed copy where 16-byte accesses do not reach every row of it."""
+    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)

@@ -7,9 +7,9 @@ from torch import Tensor
 from kimi_ops._strided_rows import or_packed
 from kimi_ops.cuda._launcher import launch_kernel
 from kimi_ops.cuda._rows import rows_of_block, warps_of_row
-from kimi_ops.cuda._support import ELEMENTS, is_aligned, refusal
+from kimi_ops.cuda._support import ELEMENTS, aligned, refusal
 
-BATCH_INVARIANT = True  # warps of a row follow from its width alone
+BATCH_INVARIANT = True  # how a row is summed follows from its width alone
 
 
 def unsupported(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -22,10 +22,12 @@ def launch(
     y, h = outputs
     if y.numel() == 0:
         return
+    columns, wide = x.shape[-1], 16 // x.element_size()
+    vectors = columns % wide == 0
+    if vectors:
+        x, residual, weight = aligned(x), aligned(residual), aligned(weight)
     x, rows = or_packed(x)
     residual, residual_rows = or_packed(residual)
-    columns, wide = x.shape[-1], 16 // x.element_size()
-    vectors = columns % wide == 0 and is_aligned(x, residual, weight)
     warps = warps_of_row(-(-columns // wide))
     per_block = rows_of_block(warps)
     launch_kernel(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from kimi_ops.cuda._launcher import launch_kernel
-from kimi_ops.cuda._support import ELEMENTS, is_aligned, refusal
+from kimi_ops.cuda._support import ELEMENTS, aligned, is_aligned, refusal
 
-BATCH_INVARIANT = True  # a token's block sees nothing of the others
+BATCH_INVARIANT = True  # how a token is summed follows from the widths and the cache alone
 _WARPS = 4
 
 
@@ -41,8 +41,10 @@ def launch(
         return
     q, c, r = len(q_norm_weight), len(kv_norm_weight), 2 * len(inv_freq)
     wide = 16 // qkv_a.element_size()
-    vectors = q % wide == 0 and c % wide == 0
-    vectors &= is_aligned(qkv_a, q_norm_weight, kv_norm_weight, kv_cache)
+    vectors = q % wide == 0 and c % wide == 0 and r % wide == 0 and is_aligned(kv_cache)
+    if vectors:
+        qkv_a = aligned(qkv_a)
+        q_norm_weight, kv_norm_weight = aligned(q_norm_weight), aligned(kv_norm_weight)
     launch_kernel(
         "mla_latent_write",
         f"mla_latent_write_kernel_{ELEMENTS[qkv_a.dtype]}_{'vec' if vectors else 'each'}",

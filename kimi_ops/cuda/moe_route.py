@@ -11,13 +11,22 @@ from kimi_ops import _arrivals
 from kimi_ops._batch_invariant import is_batch_invariant
 from kimi_ops._target import target
 from kimi_ops.cuda._launcher import Argument, launch_kernel
-from kimi_ops.cuda._support import ELEMENTS, is_aligned, refusal
+from kimi_ops.cuda._support import ELEMENTS, aligned, refusal
 from kimi_ops.cuda.moe_select import FEW_EXPERTS, Selection
 
 BATCH_INVARIANT = True  # then every call has 8 parts, one tile and two launches
 _ONE_LAUNCH = 64  # tokens
 _PARTS = 8  # of D at most, and in batch-invariant mode
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # as the kernel numbers them
+
+
+class Tables(NamedTuple):
+    """What the launch of few tokens can sort into: `moe_sort`'s outputs, and the local experts."""
+
+    order: Tensor
+    offsets: Tensor
+    first: int
+    local: int
 
 
 class Tile(NamedTuple):
@@ -48,23 +57,24 @@ def unsupported(
     return refusal("moe_route", x, _DTYPES)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy that can be read 16 bytes at a time."""
-    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
-
-
 def _few(
-    x: Tensor, gate_weight: Tensor, selection: Selection, token_tiles: int, blocks: int
+    x: Tensor,
+    gate_weight: Tensor,
+    selection: Selection,
+    token_tiles: int,
+    blocks: int,
+    tables: Tables | None,
 ) -> None:
-    """Product and selection in one launch."""
+    """Product and selection in one launch, and the tables if they are wanted."""
     warps = 8 * token_tiles
     own: list[Argument] = [x, gate_weight, x.stride(0), gate_weight.stride(0), x.shape[1]]
+    own += [_arrivals.counters(x.device), *(tables or (None, None, 0, 0))]
     launch_kernel(
         "moe_route",
         f"moe_route_few_kernel_{ELEMENTS[x.dtype]}_{token_tiles}",
         grid=(blocks,),
         block=(32 * warps,),
-        args=[*selection.arguments(), *own, _arrivals.counters(x.device)],
+        args=[*selection.arguments(), *own],
         shared_bytes=selection.scratch_bytes(warps),
     )
 
@@ -89,7 +99,7 @@ def _many(x: Tensor, gate_weight: Tensor, logits: Tensor, tile: Tile, tiles: int
     )
 
 
-def launch(
+def route(
     outputs: tuple[Tensor, Tensor],
     x: Tensor,
     gate_weight: Tensor,
@@ -99,16 +109,18 @@ def launch(
     topk_group: int,
     scale: float,
     normalize: bool,
-) -> None:
+    tables: Tables | None = None,
+) -> bool:
+    """Routes; whether the tables, if they were wanted, are written."""
     (tokens, columns), experts = x.shape, gate_weight.shape[0]
     if tokens == 0:
-        return
+        return False
     multiprocessors = target(x.device).multiprocessors
     invariant = is_batch_invariant()
     # A row's path follows from dtypes and D: which rows of x happen to be aligned does not matter.
     on_tensor_cores = x.dtype == gate_weight.dtype and x.element_size() == 2 and columns % 8 == 0
     if on_tensor_cores:
-        x, gate_weight = _aligned(x), _aligned(gate_weight)
+        x, gate_weight = aligned(x), aligned(gate_weight)
     few = on_tensor_cores and not invariant and tokens <= _ONE_LAUNCH and experts <= FEW_EXPERTS
     tile = _MANY if on_tensor_cores else _ANY
     token_tiles = 1 if tokens <= 16 else 2  # of 8 tokens a block, with a warp for each to select
@@ -129,7 +141,22 @@ def launch(
         *outputs, logits, bias.float(), experts, n_group, topk_group, scale, normalize
     )
     if few:
-        _few(x, gate_weight, selection, token_tiles, blocks=parts * tiles)
+        _few(x, gate_weight, selection, token_tiles, blocks=parts * tiles, tables=tables)
     else:
         _many(x, gate_weight, logits, tile, tiles)
         selection.launch()
+    return few and tables is not None
+
+
+def launch(
+    outputs: tuple[Tensor, Tensor],
+    x: Tensor,
+    gate_weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    normalize: bool,
+) -> None:
+    route(outputs, x, gate_weight, bias, top_k, n_group, topk_group, scale, normalize)

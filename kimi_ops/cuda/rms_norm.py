@@ -7,9 +7,9 @@ from torch import Tensor
 from kimi_ops._strided_rows import or_packed
 from kimi_ops.cuda._launcher import launch_kernel
 from kimi_ops.cuda._rows import rows_of_block, warps_of_row
-from kimi_ops.cuda._support import ELEMENTS, is_aligned, refusal
+from kimi_ops.cuda._support import ELEMENTS, aligned, refusal
 
-BATCH_INVARIANT = True  # warps of a row follow from its width alone
+BATCH_INVARIANT = True  # how a row is summed follows from its width alone
 
 
 def unsupported(x: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -19,9 +19,11 @@ def unsupported(x: Tensor, weight: Tensor, eps: float) -> str | None:
 def launch(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     if y.numel() == 0:
         return
-    x, rows = or_packed(x)
     columns, wide = x.shape[-1], 16 // x.element_size()
-    vectors = columns % wide == 0 and is_aligned(x, weight)
+    vectors = columns % wide == 0
+    if vectors:
+        x, weight = aligned(x), aligned(weight)
+    x, rows = or_packed(x)
     warps = warps_of_row(-(-columns // wide))
     per_block = rows_of_block(warps)
     launch_kernel(
