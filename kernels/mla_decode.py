@@ -242,7 +242,7 @@ class FirstStage:
         arguments |= {"num_warps": tile.warps, "num_stages": tile.stages}
         grid = (q_latent.shape[0] * plan.splits * plan.row_tiles,)
         if tile.gluon:
-            kernel = _gluon(tile.gluon).mla_decode_split_sm90_kernel
+            kernel = _kernels_of(tile.gluon).mla_decode_split_sm90_kernel
             kernel[grid](**arguments, STRIDE_KV_T=kv_cache.stride(1), BLOCK_T=tile.tokens)
         else:
             assembly = takes_assembly(q_latent.device)
@@ -327,7 +327,7 @@ def static_cases() -> Iterable[Any]:
                 ) | {"STRIDE_KV_T": kv.stride(1), "BLOCK_T": tile.tokens}
                 yield StaticCase.of_call(
                     f"gluon_{tile.rows}x{tile.tokens}_splits_{splits}",
-                    _gluon(tile.gluon).mla_decode_split_sm90_kernel, arguments,
+                    _kernels_of(tile.gluon).mla_decode_split_sm90_kernel, arguments,
                     num_warps=tile.warps, num_stages=1, arches=ARCHES_OF["sm_90"],
                 )  # fmt: skip
     for splits in (2, 16, 64, MAX_SPLITS):

@@ -73,6 +73,7 @@ class _TensorSpec:
         self.other = _TensorSpec(name, second) if second else None
         if self.other is not None:
             self.other.first = self
+            assert self.other.other is None, f"{name}: more than two forms: {text}"
             pairs = zip(self.dims, self.other.dims, strict=True)
             assert all(a == b or not (a + b).isidentifier() for a, b in pairs), f"{name}: {text}"
         self.first: _TensorSpec | None = None

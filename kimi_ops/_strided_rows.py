@@ -40,6 +40,8 @@ def rows_of(x: Tensor) -> Rows | None:
 
 def or_packed(x: Tensor) -> tuple[Tensor, Rows]:
     """A tensor with its rows: ``x`` itself, or a packed copy where its rows have no two strides."""
+    if x.numel() == 0:
+        return x, Rows(0, 1, 0, 0, 1)
     rows = rows_of(x)
     if rows is None:
         x = x.contiguous()

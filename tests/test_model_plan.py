@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kimi_ops.model.config import KimiK25Config
-from kimi_ops.model.errors import ConfigError
+from kimi_ops.model.errors import ConfigError, KimiError
 from kimi_ops.model.make_checkpoint import tiny_config
 from kimi_ops.model.plan import Plan, cache_bytes_per_token, parse_devices, plan
 from kimi_ops.model.weight_map import expected_tensors
@@ -57,6 +57,20 @@ def test_one_device_holds_the_whole_checkpoint(released: KimiK25Config) -> None:
 
 def test_cache_per_token_is_the_published_one(released: KimiK25Config) -> None:
     assert cache_bytes_per_token(released) == 70_272
+
+
+def test_an_fp8_cache_takes_less(released: KimiK25Config) -> None:
+    assert cache_bytes_per_token(released, "fp8") == 61 * 656
+    plain, fp8 = (
+        plan(released, devices="8x141GB", context=262_144, batch=8, cache_format=form)
+        for form in ("plain", "fp8")
+    )
+    freed = 8 * 262_144 * (70_272 - 61 * 656)
+    assert plain.total_bytes - fp8.total_bytes == freed
+    assert fp8.largest_context >= plain.largest_context
+    assert "fp8 cache" in fp8.render()
+    with pytest.raises(KimiError, match="cache_format must be one of plain, fp8"):
+        plan(released, devices="8x141GB", context=1, cache_format="int8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_config(quantized=False)])

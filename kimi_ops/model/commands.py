@@ -216,6 +216,7 @@ def run_plan(args: argparse.Namespace) -> int:
         batch=args.batch,
         parallel=args.parallel,
         weights=args.weights,
+        cache_format=args.cache_format,
     )
     print(json.dumps(result.to_dict(), indent=2) if args.json else result.render().rstrip())
     return 0 if result.fits else 1

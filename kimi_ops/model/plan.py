@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kimi_ops.model.cache import CacheFormat, check_format
 from kimi_ops.model.config import KimiK25Config
 from kimi_ops.model.config_quantization import INT4_GROUP, QuantizationConfig
 from kimi_ops.model.errors import ConfigError
@@ -33,6 +34,7 @@ from kimi_ops.model.weight_map import (
     iter_fused,
     stored_dtype,
 )
+from kimi_ops.quant import latent_fp8
 
 BF16_BYTES = 2
 # Tokens that a prefill step processes at once, and patches of the largest picture of the released
@@ -130,6 +132,7 @@ class Plan:
     context: int
     batch: int
     local_batch: int
+    cache_format: str
     cache_bytes_per_token: int
     components: dict[str, int]
     splits: dict[str, str]
@@ -166,6 +169,8 @@ class Plan:
                 f"{self.devices.count} x {self.devices.memory_bytes / 1e9:,.1f} GB "
                 f"({self.devices.kind}), {self.parallel}, {self.weights} experts, "
                 f"batch {self.batch} x {self.context:,} tokens"
+                + f", {self.cache_format} cache"
+                * (self.cache_format != "plain")
             )
         )
         table.add_column("per device")
@@ -196,16 +201,19 @@ def plan(
     batch: int = 1,
     parallel: str | None = None,
     weights: str = "int4",
+    cache_format: CacheFormat = "plain",
 ) -> Plan:
     """Memory per device for `batch` sequences of `context` tokens; all bf16 but int4 experts.
 
     `parallel` None is `tp<count>` (`none` for one device). Where tensor parallelism does not span
-    all devices, the groups share the batch. `weights` `bf16` stores the routed experts unquantised.
+    all devices, the groups share the batch. `weights` `bf16` stores the routed experts unquantised,
+    `cache_format` `fp8` the latent cache as `kimi_ops.quant.latent_fp8`.
     Raises `ConfigError` for a request that cannot be placed; not fitting is an answer, not an
     error.
     """
     if weights not in ("int4", "bf16"):
         raise ConfigError(f"weights must be 'int4' or 'bf16', got {weights!r}")
+    check_format(cache_format)
     check_config(config)
     limit = config.text_config.max_position_embeddings
     if type(context) is not int or not 1 <= context <= limit:
@@ -221,7 +229,7 @@ def plan(
     local_batch = -(-batch // (machine.count // tensor))
 
     components, splits = _weights(config, tensor, expert)
-    per_token = cache_bytes_per_token(config)
+    per_token = cache_bytes_per_token(config, cache_format)
     components["reserve"] = math.ceil(machine.memory_bytes * RESERVE_FRACTION)
     splits["reserve"] = f"{RESERVE_FRACTION:.0%} of the device, kept free"
 
@@ -249,6 +257,7 @@ def plan(
         context=context,
         batch=batch,
         local_batch=local_batch,
+        cache_format=cache_format,
         cache_bytes_per_token=per_token,
         components=with_context(context),
         splits=splits,
@@ -256,11 +265,17 @@ def plan(
     )
 
 
-def cache_bytes_per_token(config: KimiK25Config, bytes_per_value: int = BF16_BYTES) -> int:
-    """Bytes that one token takes in the latent cache over all layers (K2.5, bf16: 70,272)."""
+def cache_bytes_per_token(config: KimiK25Config, cache_format: CacheFormat = "plain") -> int:
+    """Bytes that one token takes in the latent cache over all layers.
+
+    Of K2.5 70,272 in bf16 ("plain"), 40,016 in "fp8".
+    """
     check_config(config)
     text = config.text_config
-    return (text.kv_lora_rank + text.qk_rope_head_dim) * text.num_hidden_layers * bytes_per_value
+    rank, rope = text.kv_lora_rank, text.qk_rope_head_dim
+    fp8 = cache_format == "fp8"
+    entry = latent_fp8.entry_bytes(rank, rope) if fp8 else (rank + rope) * BF16_BYTES
+    return entry * text.num_hidden_layers
 
 
 def _weights(

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Protocol
 
 import torch
+from triton.errors import TritonError
 
 from kimi_ops._dispatch import get_op
 from kimi_ops._target import Target, target, targeting
@@ -118,10 +119,22 @@ class Measured:
 
             return call
 
-        calls = [call_with(forced) for forced in tiles]
+        calls: dict[int, Callable[[], None]] = {}
+        answers: list[float | str] = [0.0] * len(tiles)
         with torch.cuda.device(self.device):
-            medians(calls, 3, self._one)  # compiles, and warms the GPU up
-            return medians(calls, ROUNDS, self._one)
+            for number, forced in enumerate(tiles):
+                call = call_with(forced)
+                try:
+                    call()  # compiles
+                except TritonError as error:
+                    answers[number] = first_line(error)
+                else:
+                    calls[number] = call
+            kept = list(calls.values())
+            medians(kept, 3, self._one)  # warms the GPU up
+            for number, us in zip(calls, medians(kept, ROUNDS, self._one), strict=True):
+                answers[number] = us
+        return answers
 
 
 class Modelled:
@@ -183,6 +196,6 @@ def _wrong(op: str, check: str, backend: str, device: str, forced: Forced) -> st
     with _tiles.trying(forced):
         try:
             check_op(op, HOSTILE[op][check].args(), backend, device=device)
-        except (AssertionError, PtxError) as error:
+        except (AssertionError, PtxError, TritonError) as error:
             return f"{check}: {first_line(error)}"
     return None

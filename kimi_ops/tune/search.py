@@ -9,11 +9,9 @@ per entry, over the cases that ask for it:
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ import torch
 from kimi_ops._batch_invariant import batch_invariant
 from kimi_ops._version import __version__
 from kimi_ops.kernels import _tiles
+from kimi_ops.testing.checkout import commit_of
 from kimi_ops.tune.cases import TuneCase
 from kimi_ops.tune.clocks import Clock
 from kimi_ops.tune.trials import Forced, Launched, laid_out, unusable
@@ -158,22 +157,13 @@ def search(
     return content
 
 
-def made_with() -> dict[str, str | None]:
+def made_with() -> dict[str, str]:
     """Versions, and the commit of a checkout."""
     import triton
 
-    root = Path(__file__).parents[2]
-    commit = None
-    if (root / ".git").exists():
-        said = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-        )
-        commit = said.stdout.strip() or None
     return {
         "kimi_ops": __version__,
-        "commit": commit,
+        "commit": commit_of("kernels"),
         "torch": str(torch.__version__),
         "triton": str(triton.__version__),
         "python": platform.python_version(),

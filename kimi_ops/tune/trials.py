@@ -21,12 +21,11 @@ from kimi_ops._target import Target, targeting
 from kimi_ops.kernels import _tiles
 from kimi_ops.testing.static import (
     KernelReport,
-    MissingToolError,
-    assert_no_spills,
-    assert_shared_memory_fits,
+    TritonCompileError,
     report_triton,
     signature_of,
 )
+from kimi_ops.testing.static.page import problems
 from kimi_ops.tune.cases import TuneCase
 
 Forced = Mapping[str, Any]  # tile by the name of its choice
@@ -104,7 +103,7 @@ def laid_out(case: TuneCase, gpu: Target, forced: Forced) -> tuple[list[Launched
 
 
 def compiled(launched: Launched, arch: str) -> KernelReport:
-    """The static report of a launch; errors as `report_triton` has them, and Triton's own."""
+    """The static report of a launch; errors as `report_triton` has them."""
     signature, constexprs = signature_of(launched.kernel, launched.arguments)
     options = dict(launched.options)
     warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
@@ -121,21 +120,13 @@ def compiled(launched: Launched, arch: str) -> KernelReport:
 
 def unusable(launches: Sequence[Launched], arch: str) -> str | None:
     """Why a tile is dropped before anything runs: it does not compile, spills, or does not fit."""
-    triton_error = importlib.import_module("triton.errors").TritonError
     for launched in launches:
         try:
-            report = compiled(launched, arch)
-        except MissingToolError:
-            raise
-        except (triton_error, RuntimeError) as error:  # Triton's passes fail with a RuntimeError
+            found = problems(compiled(launched, arch))
+        except TritonCompileError as error:
             return f"does not compile: {first_line(error)}"
-        for gate in (assert_no_spills, assert_shared_memory_fits):
-            try:
-                gate(report)
-            except AssertionError as error:
-                return first_line(error)
-        if report.occupancy is not None and not report.occupancy.blocks:
-            return f"cannot be launched: {report.occupancy.limited_by}"
+        if found:
+            return found[0]
     return None
 
 

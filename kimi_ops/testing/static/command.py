@@ -14,7 +14,7 @@ from kimi_ops.testing.static.cuda_source import CudaCompileError
 from kimi_ops.testing.static.page import made_with, problems, section, updated
 from kimi_ops.testing.static.report import KernelReport
 from kimi_ops.testing.static.toolchain import MissingToolError, ToolError
-from kimi_ops.testing.static.triton_kernel import TritonCompileError
+from kimi_ops.testing.static.triton_kernel import TritonCompileError, triton_module
 
 _COMPILE_ERRORS = (MissingToolError, CudaCompileError, TritonCompileError)
 
@@ -46,6 +46,7 @@ def run(
     """
     rows: list[tuple[str, KernelReport]] = []
     try:
+        triton_module()
         versions = made_with() if markdown else ""
         wanted = [device(arch).arch for arch in archs] or list(ARCHES)
         for op in ops or op_names():

@@ -7,20 +7,17 @@ which says what it was made with.
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from kimi_ops._dispatch import op_names
 from kimi_ops._version import __version__
+from kimi_ops.testing.checkout import commit_of
 from kimi_ops.testing.devices import ARCHES
 from kimi_ops.testing.static.gates import assert_no_spills, assert_shared_memory_fits
 from kimi_ops.testing.static.report import KernelReport
 from kimi_ops.testing.static.toolchain import run_tool
+from kimi_ops.testing.static.triton_kernel import triton_module
 
 _COLUMNS = (
     "kernel",
@@ -146,26 +143,11 @@ def updated(text: str, fresh: Mapping[str, str]) -> str:
 
 def made_with() -> str:
     """Versions of everything that has a say in a binary, and the commit of the sources."""
-    triton = importlib.import_module("triton").__version__
+    triton = triton_module().__version__
     tools = {}
     for tool in ("ptxas", "ptxas-blackwell"):
         found = re.search(r"V([\d.]+)", run_tool(tool, "--version")[0])
         tools[tool] = found[1] if found else "of unknown version"
+    sources = commit_of("kernels", "csrc/cuda", "kimi_ops/cuda")
     assemblers = f"ptxas {tools['ptxas']} (sm_100a and sm_120: {tools['ptxas-blackwell']})"
-    return f"kimi-ops {__version__}, {_sources()}; Triton {triton}, {assemblers}."
-
-
-def _sources() -> str:
-    """The commit of the kernels, and which of their files differ from it."""
-    root = Path(__file__).parents[3]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return "sources in no repository"
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-
-    commit = git("rev-parse", "--short=10", "HEAD").strip()
-    changed = git("status", "--porcelain", "--", "kernels", "csrc/cuda", "kimi_ops/cuda")
-    files = ", ".join(f"`{line[3:].split(' -> ')[-1]}`" for line in changed.splitlines())
-    return f"commit {commit}" + (f" with changes in {files}" if files else "")
+    return f"kimi-ops {__version__}, {sources}; Triton {triton}, {assemblers}."

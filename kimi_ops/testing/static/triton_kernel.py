@@ -44,7 +44,8 @@ class TritonCompileError(RuntimeError):
     """Triton, LLVM or ptxas refused a kernel; the message says which and why."""
 
 
-def _triton() -> Any:
+def triton_module() -> Any:
+    """Triton; raises `MissingToolError` where it is not installed."""
     if importlib.util.find_spec("triton") is None:
         raise MissingToolError("triton is not installed: pip install triton")
     return importlib.import_module("triton")
@@ -181,7 +182,7 @@ def compile_triton(
         TritonCompileError: with what the compiler said.
         ValueError, TypeError: a parameter without type or value, or not a Triton kernel.
     """
-    triton = _triton()
+    triton = triton_module()
     target = device(arch)
     described = importlib.import_module("triton.backends.compiler").GPUTarget(
         *(("hip", target.arch) if target.capability is None else ("cuda", target.capability)),
