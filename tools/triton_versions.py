@@ -5,7 +5,7 @@
 Each version gets a throwaway environment in ``build/triton-versions``: its own Triton over the
 packages of the Python that runs this. What was found stays there as JSON, one file for a version
 and an op, and ``docs/triton-versions.md`` is written from all such files. An op is compiled in a
-process of its own, so that a compiler that crashes costs one op. About a quarter of an hour a
+process of its own, so that a compiler that crashes costs one op. About ten minutes a
 version on one core; ``--tests`` adds the interpreter's own tests and those of a few ops.
 """
 
@@ -61,11 +61,12 @@ def environment(version: str) -> Path:
 
 def compile_op(op: str) -> list[Row]:
     """The first case of each of an op's kernels, for each architecture, with the Triton here."""
-    from kimi_ops.testing.static import StaticCase, compile_case, static_cases_of
+    from kimi_ops.testing.static import compile_case
+    from kimi_ops.testing.static.cases import StaticCase, triton_cases_of
     from kimi_ops.testing.static.page import problems
     from kimi_ops.testing.static.triton_kernel import TritonCompileError
 
-    cases = [case for case in static_cases_of(op) if isinstance(case, StaticCase)]
+    cases = [case for case in triton_cases_of(op) if isinstance(case, StaticCase)]
     rows = []
     for arch in ARCHES:
         mine = [case for case in cases if arch in case.arches]

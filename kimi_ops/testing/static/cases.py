@@ -132,22 +132,27 @@ def cuda_source_of(op: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def triton_cases_of(op: str) -> list[StaticCase | CudaCase]:
+    """The cases of an op's Triton module; errors as `static_cases_of`."""
+    if op not in op_names():
+        raise ValueError(f"unknown op {op!r}; there are {', '.join(op_names())}")
+    module = f"kimi_ops.kernels.{op}"
+    if importlib.util.find_spec(module) is None:
+        return []
+    cases = _declared(module)
+    if cases is None:
+        raise ValueError(f"{module} has no static_cases(): nothing says what to compile")
+    return cases
+
+
 def static_cases_of(op: str) -> list[StaticCase | CudaCase]:
     """All cases of one op, Triton's first.
 
     Raises:
         ValueError: an unknown op, a case name used twice, or a Triton module without cases.
     """
-    if op not in op_names():
-        raise ValueError(f"unknown op {op!r}; there are {', '.join(op_names())}")
-    triton_module, cuda_module = f"kimi_ops.kernels.{op}", f"kimi_ops.cuda.{op}"
-    found: list[StaticCase | CudaCase] = []
-    if importlib.util.find_spec(triton_module) is not None:
-        cases = _declared(triton_module)
-        if cases is None:
-            raise ValueError(f"{triton_module} has no static_cases(): nothing says what to compile")
-        found += cases
-    cases = _declared(cuda_module)
+    found = triton_cases_of(op)
+    cases = _declared(f"kimi_ops.cuda.{op}")
     source = cuda_source_of(op)
     if cases is None and source is not None:
         # Which kernels there are shows when the source is compiled: any architecture will do.
