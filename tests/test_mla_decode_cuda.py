@@ -4,73 +4,45 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_calls import assert_mla_decode as _assert_right
+from op_calls import mla_decode_call as _call
+from op_calls import run_mla_decode
 
 from kimi_ops._batch_invariant import batch_invariant
 from kimi_ops._mla_plan import Plan
 from kimi_ops._target import targeting
 from kimi_ops.cuda import mla_decode as launcher
 from kimi_ops.cuda._launcher import SOURCES
-from kimi_ops.quant import latent_fp8
-from kimi_ops.reference.mla_decode import mla_decode
-from kimi_ops.testing.oracle import assert_close_to_oracle
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install 'kimi-ops[compile]'")
 
-from kimi_ops.testing.runner import emulated, target_of
+from kimi_ops.testing.runner import target_of
 from kimi_ops.testing.static import assert_no_spills, assert_uses
 from kimi_ops.testing.static.cuda_source import report_cuda
 
-
-def _call(lengths, heads, *, new=1, page=64, widths=(512, 64), columns=0, fp8=False):
-    """Arguments of one call; sequence b depends on ``lengths[b]`` alone."""
-    rank, rope = widths
-    columns = max(columns, *(-(-n // page) for n in lengths), 1)
-    cache = torch.full((len(lengths) * columns, page, rank + rope), torch.nan).bfloat16()
-    table = torch.arange(len(cache)).flip(0).int().view(len(lengths), columns)
-    queries = []
-    for b, length in enumerate(lengths):
-        generator = torch.Generator().manual_seed(length)
-        values = torch.randn(length, rank + rope, generator=generator).bfloat16()
-        for first in range(0, length, page):
-            chunk = values[first : first + page]
-            cache[table[b, first // page], : len(chunk)] = chunk
-        queries.append(torch.randn(new, heads, rank + rope, generator=generator).bfloat16() / 4)
-    if fp8:
-        cache = latent_fp8.pack(cache, rank)
-    return torch.stack(queries), cache, table, torch.tensor(lengths).int(), 0.1446796, rank
+FULL = pytest.mark.full
 
 
-def _emulate(args, seed=None):
+def _emulate(args, seed=None, arch=80):
     """Outputs and reports by kernel of one call in the emulator."""
-    out = torch.empty(*args[0].shape[:3], args[5], dtype=args[0].dtype)
-    lse = torch.empty(args[0].shape[:3])
-    with emulated(arch=80, seed=seed) as emulation:
-        launcher.launch((out, lse), *args)
-    return out, lse, [report for _, report in emulation.launches]
-
-
-def _assert_right(args, out, lse):
-    cache = args[1] if args[1].dtype == torch.uint8 else args[1].double()
-    exact = mla_decode(args[0].double(), cache, *args[2:])
-    for result, naive, oracle in zip((out, lse), mla_decode(*args), exact, strict=True):
-        assert_close_to_oracle("mla_decode", result, naive.to(result.dtype), oracle)
+    out, lse, launches = run_mla_decode(launcher, args, arch, seed)
+    return out, lse, [report for _, report in launches]
 
 
 @pytest.mark.parametrize(
     "arch",
     ["sm_80", *(pytest.param(a, marks=pytest.mark.full) for a in ("sm_90a", "sm_100a", "sm_120"))],
 )
-def test_compiles_without_spills_for_tensor_cores(arch, request):
-    if request.node.get_closest_marker("full") and not request.config.getoption("--full"):
-        pytest.skip("part of the full grid: --full")
+def test_compiles_without_spills_for_tensor_cores(arch):
     reports = report_cuda(SOURCES / "mla_decode.cu", arch)
     reports |= report_cuda(SOURCES / "mla_decode_value.cu", arch)
     for name, report in reports.items():
         assert_no_spills(report)
         if "split" in name or "value" in name:
-            assert_uses(report, "HMMA")
+            assert_uses(report, "HGMMA" if name.endswith("sm90") else "HMMA")
             assert_uses(report, "LDSM")
             assert_uses(report, "LDGSTS")
+    assert any(name.endswith("sm90") for name in reports) == (arch == "sm_90a")
 
 
 @pytest.mark.parametrize("heads", [16, 32, 64])
@@ -86,19 +58,6 @@ def test_the_cache_is_read_once_without_bank_conflicts(heads, monkeypatch):
         assert report.total.global_sectors <= 1.01 * report.total.global_sectors_ideal
     # Per 32 tokens: what the header of mla_decode_split.cuh plans, and the queries once.
     assert split.total.shared_wavefronts <= {16: 1100, 32: 2000, 64: 3100}[heads] * 256 / 32
-
-
-def test_batch_invariant_mode():
-    """A sequence alone, in a batch and with a longer page table: the same bits, several splits."""
-    lengths = (520, 3)
-    with batch_invariant():
-        wide = _call(lengths, 4, page=8, widths=(32, 16), columns=128)
-        together = _emulate(wide, seed=1)
-        for b, length in enumerate(lengths):
-            alone = _emulate(_call((length,), 4, page=8, widths=(32, 16)), seed=b)
-            for one, many in zip(alone[:2], together[:2], strict=True):
-                assert torch.equal(one[0], many[b]), f"length {length}"
-    _assert_right(wide, *together[:2])
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -126,10 +85,108 @@ def test_rows_that_no_16_byte_access_reaches(widths, fp8):
     _assert_right(args, out, lse)
 
 
+# What wgmma's path takes on sm_90: Kimi K2.5's widths, more than 16 rows, a cache that is not fp8.
+def test_on_sm_90_all_products_are_wgmma_and_the_cache_is_read_once(monkeypatch):
+    args = _call((256,), 64)
+    monkeypatch.setattr(launcher, "plan_of", lambda *_, **__: Plan(1, 2, 1, 2))
+    out, lse, (split, combine) = _emulate(args, arch=90)
+    _assert_right(args, out, lse)
+    q, cache, *_ = args
+    assert set(split.total.tensor) == {"wgmma bf16.f32"}
+    assert split.total.global_load_bytes <= 1.03 * (cache.nbytes + 2 * q.nbytes)
+    assert split.total.shared_wavefronts == split.total.shared_wavefronts_ideal
+    for report in (split, combine):
+        assert report.total.global_sectors <= 1.01 * report.total.global_sectors_ideal
+    # Per 32 tokens: 1,284 in long splits, and what each of two short ones begins and ends with.
+    moved = split.total.shared_wavefronts + split.total.matrix_shared_wavefronts
+    assert moved <= 1500 * 256 / 32
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "new", "page", "dtype"),
+    [
+        ((130, 0, -3), 17, 1, 64, torch.float16),
+        ((66, 1), 10, 2, 1, torch.bfloat16),
+        ((33, 65), 20, 4, 7, torch.bfloat16),
+    ],
+)
+def test_on_sm_90_hostile_lengths_and_pages(lengths, heads, new, page, dtype, monkeypatch):
+    """Two splits, of which the first one of 130 tokens ends in the middle of a tile."""
+    plan = Plan(-(-new * heads // 64), 2, 1, 2)
+    monkeypatch.setattr(launcher, "plan_of", lambda *_, **__: plan)
+    q, cache, table, _, *rest = _call([max(n, 0) for n in lengths], heads, new=new, page=page)
+    table = torch.cat((table, torch.full_like(table, 2**31 - 1)), dim=1)
+    args = (q.to(dtype), cache.to(dtype), table, torch.tensor(lengths).int(), *rest)
+    out, lse, reports = _emulate(args, arch=90)
+    assert reports[0].kernel.endswith("sm90")
+    _assert_right(args, out, lse)
+
+
+def test_on_sm_90_rows_that_no_16_byte_access_reaches():
+    """The same bits as of aligned ones: the path must not depend on where tensors lie."""
+    q, cache, *rest = _call((70, 3), 20, page=5)
+    aligned = _emulate((q, cache, *rest), arch=90)
+    q = torch.cat((q[..., :1], q), dim=-1)[..., 1:]
+    wide = torch.full((*cache.shape[:2], 2 * cache.shape[2] + 1), 7.0).bfloat16()
+    wide[..., 1::2] = cache
+    strided = _emulate((q, wide[..., 1::2], *rest), arch=90)
+    assert strided[2][0].kernel.endswith("sm90")
+    for one, other in zip(aligned[:2], strided[:2], strict=True):
+        assert torch.equal(one, other)
+    _assert_right((q, cache, *rest), *aligned[:2])
+
+
+def test_on_sm_90_lost_page_and_tile_of_lost_pages():
+    q, cache, table, *rest = _call((70, 200, 70), 33, page=16)
+    table[1, 12], table[2] = -1, 10**6
+    out, lse, _ = _emulate((q, cache, table, *rest), arch=90)
+    assert out[0].isfinite().all()
+    assert lse[0].isfinite().all()
+    assert out[1:].isnan().all()
+    assert lse[1:].isnan().all()
+
+
+@FULL
+def test_on_sm_90_batch_invariant_mode():
+    lengths = (530, 3)
+    with batch_invariant():
+        wide = _call(lengths, 20, columns=20)
+        together = _emulate(wide, seed=1, arch=90)
+        for b, length in enumerate(lengths):
+            alone = _emulate(_call((length,), 20), seed=b, arch=90)
+            for one, many in zip(alone[:2], together[:2], strict=True):
+                assert torch.equal(one[0], many[b]), f"length {length}"
+    _assert_right(wide, *together[:2])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "new"),
+    [
+        ((300, 0), 64, 1),
+        pytest.param((130, 64, 65), 20, 3, marks=FULL),
+        pytest.param((33, 400), 17, 1, marks=FULL),
+    ],
+)
+def test_on_sm_90_no_schedule_changes_a_bit(lengths, heads, new, request, monkeypatch):
+    """One split, so that both tiles are refilled; 20 schedules in the full grid."""
+    monkeypatch.setattr(launcher, "plan_of", lambda *_, **__: Plan(1, 1, 1, 1))
+    args = _call(lengths, heads, new=new)
+    out, lse, _ = _emulate(args, arch=90)
+    _assert_right(args, out, lse)
+    for seed in range(20 if request.config.getoption("--full") else 2):
+        again = _emulate(args, seed=seed, arch=90)
+        assert torch.equal(out, again[0])
+        assert torch.equal(lse, again[1])
+
+
 def test_tiles_fit_the_gpus_that_they_are_chosen_for():
     for arch, rows in ((80, 64), (86, 32), (89, 32), (90, 64), (100, 64), (120, 32)):
         assert launcher.tile_of(target_of(arch), 128).rows == rows
         assert launcher.tile_of(target_of(arch), 5).rows == 16
+        wgmma = arch == 90
+        assert (launcher.tile_of(target_of(arch), 17, usual=True) == launcher.TILE_SM90) == wgmma
+    assert launcher.tile_of(target_of(90), 16, usual=True).rows == 16
+    assert launcher.TILE_SM90.shared_bytes <= target_of(90).shared_bytes
 
 
 def test_limits_are_said():

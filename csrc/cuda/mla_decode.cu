@@ -15,7 +15,8 @@
 //     part [ROWS, C], lse [ROWS]                         itself and there is no stage 2
 //
 // Row tiles are innermost in the grid: with more than 64 rows the second tile reads the cache from
-// L2. `mla_decode_split.cuh` says what warps do, and has the shared memory and registers.
+// L2. `mla_decode_split.cuh` says what warps do, and has the shared memory and registers;
+// `mla_decode_sm90.cuh` the same of a form on wgmma, for sm_90a and Kimi K2.5's widths.
 //
 // Bytes: the cache's used rows once, (C+R) * 2 each (C + 16 + 2R in fp8 format); q once per split;
 // 2 * 4 * C per row and split for the partials, which stay in L2.
@@ -28,10 +29,11 @@
 //
 // Source: DeepSeek-V2, arXiv 2405.04434 section 2.1; split over keys: Flash-Decoding, 2023.
 #include "mla_decode_combine.cuh"
+#include "mla_decode_sm90.cuh"
 
-#define SPLIT(T, NAME, ROWS, BLOCKS)                                                               \
-  extern "C" __global__ void __launch_bounds__(Shape<ROWS>::WARPS* WARP, BLOCKS)                   \
-      mla_decode_split_kernel_##NAME##_##ROWS(                                                     \
+#define SPLIT(T, NAME, SUFFIX, THREADS, BLOCKS, ...)                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                    \
+      mla_decode_split_kernel_##NAME##_##SUFFIX(                                                   \
           const T* q_gmem, const unsigned char* kv_gmem, const int* table_gmem,                    \
           const int* length_gmem, float* part_gmem, T* out_gmem, float* lse_gmem, float scale,     \
           int new_tokens, int heads, int c, int r, int num_pages, int page_size, int capacity,     \
@@ -39,21 +41,20 @@
           int64 stride_q_s, int64 stride_q_h, int64 stride_q_d, int64 stride_page,                 \
           int64 stride_token, int64 stride_d, int64 stride_table_b, int64 stride_table_p,          \
           int64 stride_length) {                                                                   \
-    mla_decode_split<T, ROWS>(                                                                     \
-        {reinterpret_cast<const unsigned char*>(q_gmem), stride_q_b, stride_q_s, stride_q_h,       \
-         stride_q_d, heads, new_tokens * heads, q_vectors != 0},                                   \
-        {kv_gmem,                                                                                  \
-         stride_page,                                                                              \
-         stride_token,                                                                             \
-         stride_d,                                                                                 \
-         num_pages,                                                                                \
-         page_size,                                                                                \
-         nullptr,                                                                                  \
-         stride_table_p,                                                                           \
-         {c, r, kv_vectors != 0},                                                                  \
-         is_fp8 != 0},                                                                             \
-        table_gmem, length_gmem, {part_gmem, out_gmem, lse_gmem}, scale, capacity, splits,         \
-        min_blocks, stride_table_b, stride_length);                                                \
+    __VA_ARGS__({reinterpret_cast<const unsigned char*>(q_gmem), stride_q_b, stride_q_s,           \
+                 stride_q_h, stride_q_d, heads, new_tokens * heads, q_vectors != 0},               \
+                {kv_gmem,                                                                          \
+                 stride_page,                                                                      \
+                 stride_token,                                                                     \
+                 stride_d,                                                                         \
+                 num_pages,                                                                        \
+                 page_size,                                                                        \
+                 nullptr,                                                                          \
+                 stride_table_p,                                                                   \
+                 {c, r, kv_vectors != 0},                                                          \
+                 is_fp8 != 0},                                                                     \
+                table_gmem, length_gmem, {part_gmem, out_gmem, lse_gmem}, scale, capacity, splits, \
+                min_blocks, stride_table_b, stride_length);                                        \
   }
 #define COMBINE(T, NAME, N, COLUMNS)                                                               \
   extern "C" __global__ void __launch_bounds__(MAX_COMBINE_WARPS* WARP)                            \
@@ -64,10 +65,17 @@
     mla_decode_combine<T, N>(part_gmem, part_lse_gmem, length_gmem, out_gmem, lse_gmem, rows, c,   \
                              capacity, splits, min_blocks, stride_length);                         \
   }
-#define KERNELS(T, NAME) \
-  SPLIT(T, NAME, 16, 2)  \
-  SPLIT(T, NAME, 32, 1)  \
-  SPLIT(T, NAME, 64, 1) COMBINE(T, NAME, 4, vec) COMBINE(T, NAME, 1, each)
+#define MMA_SPLIT(T, NAME, ROWS, BLOCKS) \
+  SPLIT(T, NAME, ROWS, Shape<ROWS>::WARPS* WARP, BLOCKS, mla_decode_split<T, ROWS>)
+#define KERNELS(T, NAME)    \
+  MMA_SPLIT(T, NAME, 16, 2) \
+  MMA_SPLIT(T, NAME, 32, 1) \
+  MMA_SPLIT(T, NAME, 64, 1) COMBINE(T, NAME, 4, vec) COMBINE(T, NAME, 1, each)
 
 KERNELS(bf16, bf16)
 KERNELS(fp16, fp16)
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+SPLIT(bf16, bf16, sm90, sm90::BLOCK, 1, sm90::mla_decode_split<bf16>)
+SPLIT(fp16, fp16, sm90, sm90::BLOCK, 1, sm90::mla_decode_split<fp16>)
+#endif

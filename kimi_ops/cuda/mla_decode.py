@@ -1,4 +1,4 @@
-"""Launches `csrc/cuda/mla_decode.cu`."""
+"""Launches `csrc/cuda/mla_decode.cu`: its form for every GPU, or on sm_90 the one on wgmma."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ class Tile:
     tokens: int = 32
 
     @property
+    def suffix(self) -> str:
+        """What the kernel's name ends with."""
+        return str(self.rows)
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: ``Shared`` of the source, field by field."""
         row, owners = 2 * (MAX_RANK + MAX_ROPE + 8), 2 if self.rows == 64 else 4
@@ -48,17 +53,41 @@ class Tile:
         return 2 * self.tokens * row + queries + p + given_away + small
 
 
+@dataclass(frozen=True)
+class WgmmaTile(Tile):
+    """The same, as `csrc/cuda/mla_decode_sm90.cuh` has it: for Kimi K2.5's widths, no fp8 cache."""
+
+    @property
+    def suffix(self) -> str:
+        """As of `Tile`."""
+        return "sm90"
+
+    @property
+    def shared_bytes(self) -> int:
+        """``sm90::Shared`` of the source, field by field."""
+        scorers, warps = 2, 8
+        tiles = scorers * self.tokens * 2 * (MAX_RANK + MAX_ROPE)
+        queries_and_p = self.rows * 2 * (MAX_RANK + scorers * self.tokens)
+        return tiles + queries_and_p + 4 * self.rows * 3 * scorers + 8 * 2 * scorers + 4 * warps
+
+
 TILES = (Tile(16, 4, 2), Tile(32, 8, 1), Tile(64, 8, 1))
+TILE_SM90 = WgmmaTile(64, 16, 1, tokens=64)
+FEW_ROWS = 16  # that two blocks an SM of mma.sync take in less shared-memory time than wgmma's 64
+BLOCK_TOKENS = 32  # that splits are counted in by the kernels of either form
 RESERVED_BYTES = 1024  # of shared memory, that the system takes of every block's
 
 
-def tile_of(gpu: Target, rows: int) -> Tile:
+def tile_of(gpu: Target, rows: int, *, usual: bool = False) -> Tile:
     """The first tile that takes all query rows at once, or the largest that the GPU can hold.
 
     Args:
         gpu: that the launch is for.
         rows: S * H.
+        usual: whether C and R are Kimi K2.5's and the cache is not of fp8 format.
     """
+    if usual and gpu.capability == 90 and rows > FEW_ROWS:
+        return TILE_SM90
     tiles = [tile for tile in TILES if tile.shared_bytes <= gpu.shared_bytes]
     return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
@@ -103,16 +132,23 @@ class FirstStage:
     plan: Plan
 
     @staticmethod
-    def of(q_latent: Tensor, kv_cache: Tensor, page_table: Tensor) -> FirstStage:
+    def of(q_latent: Tensor, kv_cache: Tensor, page_table: Tensor, kv_lora_rank: int) -> FirstStage:
         """From the shapes of a call."""
-        batch, new, heads, _ = q_latent.shape
+        batch, new, heads, width = q_latent.shape
         rows, gpu = new * heads, target(q_latent.device)
-        tile = tile_of(gpu, rows)
+        widths = (kv_lora_rank, width - kv_lora_rank)
+        usual = widths == (MAX_RANK, MAX_ROPE) and kv_cache.dtype == q_latent.dtype
+        tile = tile_of(gpu, rows, usual=usual)
         fit = gpu.shared_bytes // (tile.shared_bytes + RESERVED_BYTES)
         slots = gpu.multiprocessors * max(1, min(tile.per_sm, fit))
         capacity = page_table.shape[1] * kv_cache.shape[1]
         plan = plan_of(tile, slots, batch, rows, capacity, invariant=is_batch_invariant())
         return FirstStage(tile, plan)
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks of `BLOCK_TOKENS` that a split takes at least."""
+        return self.plan.min_blocks * self.tile.tokens // BLOCK_TOKENS
 
     def partials(self, q_latent: Tensor, kv_lora_rank: int) -> tuple[Tensor, Tensor]:
         """Memory for what a second stage joins, ``[B, splits, S * H, C]`` and its lse."""
@@ -138,7 +174,7 @@ class FirstStage:
         fp8, rope = kv_cache.dtype == torch.uint8, width - kv_lora_rank
         launch_kernel(
             "mla_decode",
-            f"mla_decode_split_kernel_{ELEMENTS[q_latent.dtype]}_{self.tile.rows}",
+            f"mla_decode_split_kernel_{ELEMENTS[q_latent.dtype]}_{self.tile.suffix}",
             grid=(batch * self.plan.splits * self.plan.row_tiles,),
             block=(32 * self.tile.warps,),
             args=[
@@ -158,7 +194,7 @@ class FirstStage:
                 kv_cache.shape[1],
                 page_table.shape[1] * kv_cache.shape[1],
                 self.plan.splits,
-                self.plan.min_blocks,
+                self.min_blocks,
                 int(fp8),
                 int(has_vectors(q_latent, kv_lora_rank, 2 * rope)),
                 int(has_vectors(kv_cache, kv_lora_rank, 2 * rope)),
@@ -183,7 +219,7 @@ def launch(
     out, lse = outputs
     if lse.numel() == 0:
         return
-    stage = FirstStage.of(q_latent, kv_cache, page_table)
+    stage = FirstStage.of(q_latent, kv_cache, page_table, kv_lora_rank)
     call = (q_latent, kv_cache, page_table, seq_lens, scale, kv_lora_rank)
     if stage.plan.splits == 1:
         stage.launch(None, out, lse, *call)
@@ -209,7 +245,7 @@ def launch(
             kv_lora_rank,
             page_table.shape[1] * kv_cache.shape[1],
             stage.plan.splits,
-            stage.plan.min_blocks,
+            stage.min_blocks,
             seq_lens.stride(0),
         ],
     )

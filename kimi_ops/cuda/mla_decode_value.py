@@ -54,7 +54,7 @@ def launch(
     if value.numel() == 0:
         return
     batch, new, heads, values = value.shape
-    stage = mla_decode.FirstStage.of(q_latent, kv_cache, page_table)
+    stage = mla_decode.FirstStage.of(q_latent, kv_cache, page_table, kv_lora_rank)
     part, part_lse = stage.partials(q_latent, kv_lora_rank)
     call = (q_latent, kv_cache, page_table, seq_lens, scale, kv_lora_rank)
     stage.launch(part, None, part_lse, *call)
@@ -79,7 +79,7 @@ def launch(
             each,
             page_table.shape[1] * kv_cache.shape[1],
             stage.plan.splits,
-            stage.plan.min_blocks,
+            stage.min_blocks,
             int(is_aligned(w_uv) and kv_lora_rank % 8 == 0),
             *(stride * w_uv.element_size() for stride in w_uv.stride()),
             seq_lens.stride(0),
