@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ import torch
 import kimi_ops
 from kimi_ops._backends import BACKENDS, GPU_BACKENDS, has_kernel
 from kimi_ops._dispatch import get_op
+from kimi_ops._target import too_old
 from kimi_ops.testing import cases, check
-from kimi_ops.testing.ways import WAYS, ways_of, with_way
+from kimi_ops.testing.ways import WAYS, Way, ways_of, with_way
 
-_WAYS = {way.name: way for way in WAYS}
-# What was left out for size: way -> number of cases.
+# What was left out for size: way, or backend on a device -> number of cases.
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
@@ -30,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cpu", "cuda"),
         default="cpu",
         help="where the common test body runs; on cuda the kernels of a GPU run on it",
+    )
+    parser.addoption(
+        "--work-limit",
+        type=int,
+        metavar="N",
+        help="leave out the cases of more work than N (see kimi_ops.testing.inputs) everywhere",
     )
     parser.addoption(
         "--backend-module",
@@ -68,35 +75,40 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases(op, full=full), ids=str)
 
 
+@functools.cache
+def _way_of(op: str, backend: str) -> Way | None:
+    """The way that an op's backend is; None for a backend that runs on the device itself."""
+    return next((way for way in ways_of(op) if way.name == backend), None)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked ``full``, and the cases that are too large for a slow way, which it
-    counts for the summary.
+    """Leaves out what is marked ``full``, and the cases that are too large for a slow way or for
+    ``--work-limit``, which it counts for the summary.
 
     Last, so that what ``-k`` has taken away does not count.
     """
-    full = config.getoption("--full")
+    full, work_limit = config.getoption("--full"), config.getoption("--work-limit")
     work: dict[int, int] = {}
     kept, left_out = [], []
     for item in items:
-        params = (
-            item.callspec.params
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else {}
-        )
-        way, case = _WAYS.get(params.get("backend")), params.get("case")
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        name, case = params.get("backend"), params.get("case")
+        way = _way_of(item.module.OP, name) if name else None
         if item.get_closest_marker("full") and not full:
             left_out.append(item)
             continue
         if way is not None:
             item.user_properties.append(("way", way.name))
-            if case is not None and not full:
-                if id(case) not in work:
-                    work[id(case)] = case.work
-                if work[id(case)] > way.work_limit:
-                    config.stash[_LEFT_OUT][way.name] += 1
-                    left_out.append(item)
-                    continue
+        limits = [way.work_limit] if way is not None and not full else []
+        limits += [work_limit] if work_limit is not None else []
+        if case is not None and limits:
+            if id(case) not in work:
+                work[id(case)] = case.work
+            if work[id(case)] > min(limits):
+                config.stash[_LEFT_OUT][name or "tests without a backend"] += 1
+                left_out.append(item)
+                continue
         kept.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -126,25 +138,41 @@ def pytest_terminal_summary(
             way = dict(getattr(report, "user_properties", ())).get("way")
             if way is not None:
                 ran.setdefault(way, Counter())[outcome] += 1
-    names = [name for name in _WAYS if name in ran or left_out[name]]
+    ways = [way.name for way in WAYS]
+    names = [name for name in ways if name in ran or left_out[name]]
     if names:
         terminalreporter.section("kernels without a GPU")
     for name in names:
         counts = ", ".join(f"{n} {outcome}" for outcome, n in ran.get(name, Counter()).items())
         note = f"; {left_out[name]} left out for size (--full runs them)" * bool(left_out[name])
         terminalreporter.write_line(f"{name}: {counts or 'none ran'}{note}")
+    for name in sorted(set(left_out) - set(ways)):
+        terminalreporter.write_line(f"{name}: {left_out[name]} left out by --work-limit")
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of a backend that has a kernel for the module's ``OP``; skips where it cannot run."""
+    """Name of a backend that has a kernel for the module's ``OP``.
+
+    Skips where it cannot run; on a GPU that fails, since there nothing else would run it. Tensors
+    that a test makes without naming a device are on ``--device``.
+    """
     name: str = request.param
     op = request.module.OP
-    way = _WAYS.get(name)
+    way = _way_of(op, name)
     reason = get_op(op).why_not(way.backend if way else name, None)
+    if check.DEVICE == "cuda" and name in GPU_BACKENDS:
+        reason = reason or too_old(torch.device("cuda"))
     if reason is not None and not (way and way.backend == "cuda"):
-        pytest.skip(f"{op}: backend {name} cannot run here: {reason}")
-    with with_way(op, way) if way else contextlib.nullcontext(name) as registered:
+        message = f"{op}: backend {name} cannot run here: {reason}"
+        if check.DEVICE == "cuda":
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+    with (
+        with_way(op, way) if way else contextlib.nullcontext(name) as registered,
+        # Not on the CPU, where it would only cost: torch asks such a block at every call.
+        torch.device("cuda") if check.DEVICE == "cuda" else contextlib.nullcontext(),
+    ):
         if case := getattr(request.node, "callspec", SimpleNamespace(params={})).params.get("case"):
             args = [a.to(check.DEVICE) if torch.is_tensor(a) else a for a in case.args()]
             reason = get_op(op).why_not(registered, args)

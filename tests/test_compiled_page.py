@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from kimi_ops.testing.static.page import (
     widest_load_bits,
 )
 
-PAGE = Path(__file__).parents[1] / "docs" / "compiled-kernels.md"
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs/compiled-kernels.md", ROOT / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,33 @@ def test_a_new_op_finds_its_place():
     text = updated("# T\n\n## silu_mul\nb\n", {"moe_sort": "## moe_sort\na\n"})
     assert text == "# T\n\n## moe_sort\na\n\n## silu_mul\nb\n"
     assert updated(text, {}) == text
+
+
+def _called(*rungs: str) -> list[str]:
+    """Ops that the README's status table says have reached one of the rungs with Triton."""
+    table = [cells(line) for line in README.read_text().splitlines() if line.startswith("| `")]
+    rows = [row for row in table if len(row) == 5]
+    assert rows
+    return [op for row in rows if row[3] in rungs for op in re.findall(r"`(\w+)`", row[0])]
+
+
+@pytest.mark.parametrize("op", _called("compiled", "counted"))
+def test_the_page_has_passed_rows_of_what_the_readme_calls_compiled(op):
+    """Every kernel at every case of today, for every architecture that the rung names."""
+    wanted = Counter(
+        (case.kernel.__name__, arch)
+        for case in importlib.import_module(f"kimi_ops.kernels.{op}").static_cases()
+        for arch in ("sm_80", "sm_90a", "sm_100a", "sm_120", "gfx942")
+        if arch in case.arches
+    )
+    of_op = re.search(rf"^## {op}$(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S)
+    assert of_op, f"{op} has no section"
+    rows = [cells(line) for line in of_op[1].splitlines() if line.startswith("| `")]
+    found = {(row[0].strip("`"), row[1]): row for row in rows}
+    for (kernel, arch), count in wanted.items():
+        row = found.get((kernel, arch))
+        assert row, f"{kernel} on {arch} is not in the page"
+        assert (row[2], row[-1]) == (str(count), "pass"), f"{kernel} on {arch}: {count} cases"
 
 
 def test_the_page_of_the_project_is_one_that_the_command_writes():

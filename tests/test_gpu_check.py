@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import kimi_ops
 from kimi_ops.cli import main as kimi_ops_main
+from kimi_ops.testing import cases
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +24,8 @@ def gpu_check():
     return module
 
 
-def test_without_a_gpu_it_says_so(gpu_check, capsys):
+def test_without_a_gpu_it_says_so(gpu_check, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # where there is one, too
     assert gpu_check.main([]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
@@ -64,6 +67,16 @@ def test_steps_are_commands_that_exist(gpu_check, capsys):
         "sanitizer-initcheck",
         "benchmarks",
     }
+
+
+def test_the_sanitizers_see_small_cases_of_every_op(gpu_check):
+    (step,) = (step for step in gpu_check.steps() if step.name == "sanitizer-racecheck")
+    assert step.needs in step.command
+    at = step.command.index("--work-limit")
+    for op in kimi_ops.op_names():
+        assert f"tests/test_{op}.py::test_matches_oracle" in step.command
+        assert sum(case.work <= int(step.command[at + 1]) for case in cases(op)) >= 2, op
+    assert "-k" not in step.command[at:]
 
 
 def test_every_step_is_in_the_page(gpu_check):

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_calls import experts_call
 
 from kimi_ops import _target
 from kimi_ops._batch_invariant import batch_invariant
 from kimi_ops.kernels import _int4_many_plan, int4_linear, moe_experts_int4
 from kimi_ops.kernels._int4_product import tile_for
 from kimi_ops.quant import int4
-from kimi_ops.testing import cases
 from kimi_ops.testing.runner import emulated, target_of
 from kimi_ops.testing.static import (
     assert_no_spills,
@@ -22,12 +22,6 @@ from kimi_ops.testing.static import (
     static_cases_of,
 )
 from kimi_ops.testing.triton_interpreter import interpreted
-
-
-def _layer(tokens, experts, top_k, d, f, **options):
-    build = next(c for c in cases("moe_experts_int4") if c.name == "bf16-9").build.func
-    generator = torch.Generator().manual_seed(7)
-    return build(generator, tokens=tokens, experts=experts, top_k=top_k, d=d, f=f, **options)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +58,7 @@ def test_what_the_form_is_not_for_goes_to_plain_triton():
 @pytest.mark.parametrize("arch", [80, 90])
 def test_each_weight_is_read_once_in_whole_sectors(arch):
     """Twelve tokens of one expert: codes and scales, nothing twice, no bank conflict."""
-    args = _layer(tokens=12, experts=1, top_k=1, d=512, f=128)
+    args = experts_call(tokens=12, experts=1, top_k=1, d=512, f=128)
     y = torch.empty(12, 512, dtype=torch.bfloat16)
     with emulated(arch=arch) as run:
         moe_experts_int4.launch(y, *args)

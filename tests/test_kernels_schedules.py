@@ -1,9 +1,9 @@
-"""The Triton kernels of every op: no schedule changes a bit, nor, in batch-invariant mode, does the
-rest of the batch.
+"""The kernels of every op, Triton and CUDA C++: no schedule changes a bit, nor, in batch-invariant
+mode, does the rest of the batch.
 
-An ordinary run has two schedules more on one architecture, and two parts of a batch in the
-interpreter, whose kernels need no compiler; ``--full`` has twenty schedules of both, on two
-architectures.
+An ordinary run has two schedules more on one architecture, and two parts of a batch: of Triton in
+the interpreter, which needs no compiler, of CUDA C++ emulated where that is quick. ``--full`` has
+twenty schedules of both, on two architectures.
 """
 
 from __future__ import annotations
@@ -17,17 +17,27 @@ import pytest
 import torch
 
 import kimi_ops
+from kimi_ops._backends import GPU_BACKENDS, has_kernel
 from kimi_ops._dispatch import get_op
+from kimi_ops._mla_plan import INVARIANT_TOKENS
 from kimi_ops.testing import cases
 from kimi_ops.testing.check import as_tuple, bitwise_equal
 from kimi_ops.testing.inputs import int4, mla, moe, norm, vision
 
 pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
+pytest.importorskip("cuda.bindings", reason="needs NVRTC: pip install 'kimi-ops[compile]'")
 
 from kimi_ops._target import targeting
 from kimi_ops.testing.runner import emulated, target_of
 from kimi_ops.testing.triton_interpreter import interpreted
 
+KERNELS = [
+    pytest.param(op, language, id=f"{op}-{language}")
+    for op in kimi_ops.op_names()
+    for language in GPU_BACKENDS
+    if has_kernel(op, language)
+]
+FULL = pytest.mark.full
 SCHEDULES = 20
 # One of the op's own cases, small since it runs often: several warps, and several thread blocks
 # but in vision_pos_embed, where more than one would take seconds each time.
@@ -43,6 +53,7 @@ CASE = {
     "mla_prefill": "bf16-small",
     "merge_attention": "bf16-17x4",
     "moe_route": "bf16-9x64",
+    "moe_route_sort": "bf16-9x64",
     "moe_select": "bf16-groups",
     "moe_sort": "skewed",
     "moe_experts_int4": "bf16-9",
@@ -64,12 +75,12 @@ def _clone(args):
     )
 
 
-def _run(op, args, arch, seed):
+def _run(op, language, args, arch, seed):
     """Outputs and written arguments, and the launches; interpreted for no architecture."""
     args = _clone(args)
     contract = get_op(op)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(kimi_ops.use_backend(f"{op}=triton"))
+        stack.enter_context(kimi_ops.use_backend(f"{op}={language}"))
         if arch is None:
             stack.enter_context(targeting(target_of(80)))
             record = stack.enter_context(interpreted(seed=seed))
@@ -84,16 +95,27 @@ def _full(request):
     return request.config.getoption("--full")
 
 
-@pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("op", kimi_ops.op_names())
-def test_no_schedule_changes_a_bit(op, arch, request):
-    if arch == 90 and not _full(request):
-        pytest.skip("part of the full grid: --full")
+# The most to compile and to emulate; the test body itself has one other schedule in every run.
+SLOW = {("moe_experts_int4", "cuda"), ("mla_decode", "cuda"), ("mla_latent_write", "cuda")}
+
+
+@pytest.mark.parametrize(
+    ("op", "language", "arch"),
+    [
+        pytest.param(
+            *kernel.values, arch, id=f"{kernel.id}-sm_{arch}",
+            marks=FULL if arch == 90 or kernel.values in SLOW else [],
+        )
+        for kernel in KERNELS
+        for arch in (80, 90)
+    ],
+)  # fmt: skip
+def test_no_schedule_changes_a_bit(op, language, arch, request):
     args = next(case for case in cases(op) if case.name == CASE[op]).args()
-    first, launches = _run(op, args, arch, None)
+    first, launches = _run(op, language, args, arch, None)
     assert any(report.ctas * report.threads > 32 for _, report in launches)  # several warps
     for seed in range(SCHEDULES if _full(request) else 2):
-        again, _ = _run(op, args, arch, seed)
+        again, _ = _run(op, language, args, arch, seed)
         for one, other in zip(first, again, strict=True):
             assert bitwise_equal(one, other), f"schedule {seed}"
 
@@ -112,6 +134,13 @@ def _rows(*batched: int) -> Part:
         return chosen, (slice(i, j),) * 2
 
     return part
+
+
+def _sequences(args, i, j):
+    """Of a paged cache, with a page table as wide as these sequences need."""
+    q, cache, table, lengths, *rest = args
+    columns = max(1, -(-int(lengths[i:j].max()) // cache.shape[1]))
+    return (q[i:j], cache, table[i:j, :columns], lengths[i:j], *rest), (slice(i, j),) * 2
 
 
 def _prefill(args, i, j):
@@ -153,6 +182,7 @@ def _merged(args, i, j):
 
 _GRIDS = ((1, 2, 4), (3, 4, 2), (1, 2, 10), (4, 2, 2))
 _LENGTHS = (8, 70, 0, 33)
+_CACHED = (INVARIANT_TOKENS + 28, 0, 1, 40, 130)  # the first in two splits
 BATCHES: dict[str, tuple[Callable[[torch.Generator], tuple[Any, ...]], Part, int]] = {
     "rms_norm": (lambda g: norm.rms_norm(g, (70, 200), torch.bfloat16), _rows(0), 70),
     "add_rms_norm": (lambda g: norm.add_rms_norm(g, (70, 200), torch.bfloat16), _rows(0, 1), 70),
@@ -164,15 +194,13 @@ BATCHES: dict[str, tuple[Callable[[torch.Generator], tuple[Any, ...]], Part, int
         70,
     ),
     "mla_decode": (
-        lambda g: mla.mla_decode(g, (300, 0, 1, 40, 130), 4, 1, 16, (32, 16)),
-        _rows(0, 2, 3),
+        lambda g: mla.mla_decode(g, _CACHED, 4, 1, 16, (32, 16)),
+        _sequences,
         5,
     ),
     "mla_decode_value": (
-        lambda g: mla.mla_decode_value(
-            g, (300, 0, 1, 40, 130), 4, 24, new=1, page=16, widths=(32, 16)
-        ),
-        _rows(0, 2, 3),
+        lambda g: mla.mla_decode_value(g, _CACHED, 4, 24, new=1, page=16, widths=(32, 16)),
+        _sequences,
         5,
     ),
     "mla_project_value": (lambda g: mla.mla_project_value(g, 70, 2, (40, 72)), _rows(0), 70),
@@ -206,26 +234,40 @@ BATCHES: dict[str, tuple[Callable[[torch.Generator], tuple[Any, ...]], Part, int
 
 
 def test_every_op_whose_results_have_rows_is_tried_in_batches():
-    """The tables of `moe_sort` are of the batch itself."""
-    assert set(BATCHES) == set(kimi_ops.op_names()) - {"moe_sort"}
+    """The tables of a sort are of the batch itself; what comes before them is `moe_route`."""
+    assert set(BATCHES) == set(kimi_ops.op_names()) - {"moe_sort", "moe_route_sort"}
 
 
-@pytest.mark.parametrize("arch", [None, 80, 90], ids=["interpreted", "sm_80", "sm_90"])
-@pytest.mark.parametrize("op", BATCHES)
-def test_batch_invariant_mode_is_blind_to_the_rest_of_the_batch(op, arch, request):
+# CUDA C++ that an ordinary run has in batches too: each way of sharing work among blocks once.
+QUICK = ("rms_norm", "moe_route", "moe_select", "mla_decode", "int4_linear", "vision_rope")
+
+
+def _ways(op, language):
+    """Architectures, None for the interpreter; those that an ordinary run leaves out are marked."""
+    ordinary = {None} if language == "triton" else {80} if op in QUICK else set()
+    for arch in (None, 80, 90):
+        if arch is not None or language == "triton":
+            name = f"sm_{arch}" if arch else "interpreted"
+            marks = [] if arch in ordinary else FULL
+            yield pytest.param(op, language, arch, id=f"{op}-{language}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("op", "language", "arch"),
+    [way for kernel in KERNELS if kernel.values[0] in BATCHES for way in _ways(*kernel.values)],
+)
+def test_batch_invariant_mode_is_blind_to_the_rest_of_the_batch(op, language, arch, request):
     """First, middle and last member alone, and parts of other sizes, against the whole."""
-    if arch is not None and not _full(request):
-        pytest.skip("part of the full grid: --full")
     build, part, count = BATCHES[op]
     args = build(torch.Generator().manual_seed(7))
     middle = count // 2
     parts = [(middle, middle + 1), (middle - 1, count), (0, 1), (count - 1, count), (0, middle)]
     with kimi_ops.batch_invariant():
-        whole, _ = _run(op, args, arch, None)
+        whole, _ = _run(op, language, args, arch, None)
         for number in range(SCHEDULES if _full(request) and arch else 2):
             i, j = parts[number % len(parts)]
             chosen, places = part(args, i, j)
-            found, _ = _run(op, chosen, arch, number)
+            found, _ = _run(op, language, chosen, arch, number)
             if op == "mla_latent_write":
                 _compare_written_slots(args[5][i:j], found[1], whole[1])
                 found = found[:1]

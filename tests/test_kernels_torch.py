@@ -1,5 +1,5 @@
-"""The Triton kernels behind PyTorch's own machinery: opcheck, whole-graph compilation, launches
-that a CUDA graph can record, and refusals that say what to do."""
+"""The Triton kernels behind PyTorch's own machinery: opcheck, whole-graph compilation, refusals
+that say what to do; and launches of both languages that a CUDA graph can record."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from unittest import mock
 
 import pytest
 import torch
-from op_calls import call, clone, op_args, tensors
+from op_calls import Requests, call, clone, op_args, tensors
 from torch._dynamo.backends.debugging import aot_eager
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kimi_ops
-from kimi_ops._backends import has_kernel, simulated
+from kimi_ops._backends import GPU_BACKENDS, has_kernel, simulated
 from kimi_ops._dispatch import BackendError, get_op
 from kimi_ops.testing import cases
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
 
 from kimi_ops._target import targeting  # noqa: E402
+from kimi_ops.cuda._launcher import use_launcher  # noqa: E402
 from kimi_ops.testing.runner import target_of  # noqa: E402
 from kimi_ops.testing.ways import ways_of, with_way  # noqa: E402
 
@@ -72,23 +72,23 @@ def test_compiles_whole_with_dynamic_shapes(op):
 
 # What torch may be asked for in a launch: allocations without content, fills, copies on the device.
 # A CUDA graph records all of these, and none of them waits.
-RECORDABLE = {"empty", "new_empty", "empty_like", "zeros", "zero_", "fill_", "clone", "copy_"}
+RECORDABLE = {
+    "empty", "new_empty", "empty_like", "zeros", "zero_", "fill_", "clone", "copy_", "_to_copy",
+}  # fmt: skip
 
 
-class _Requests(TorchDispatchMode):
-    """Names of the operators that torch is asked for, views left out."""
+class _Launches:
+    """Takes CUDA C++ launches and runs none."""
 
-    def __init__(self):
-        super().__init__()
-        self.names = set()
+    def __init__(self, launched):
+        self._launched = launched
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            self.names.add(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
+    def launch(self, source, name, grid, block, args, *, shared_bytes=0):
+        plain = [a for a in args if not isinstance(a, torch.Tensor)]
+        self._launched.append((name, tuple(grid), (*block, shared_bytes, *plain)))
 
 
-def _record(op, args):
+def _record(op, language, args):
     """What a launch asks for, of torch and of the device: kernel, grid, and all that is no tensor.
 
     No kernel runs.
@@ -101,34 +101,45 @@ def _record(op, args):
         plain = {n: v for n, v in named.items() if not isinstance(v, torch.Tensor)}
         launched.append((kernel.__name__, tuple(grid), plain))
 
-    with simulated("triton"):
-        module = contract.load("triton")
+    with simulated(language):
+        module = contract.load(language)
         outputs = contract.outputs(*args)
         with (
             mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
-            _Requests() as requests,
+            use_launcher(_Launches(launched)),
+            Requests() as requests,
         ):
             module.launch(outputs, *args)
-    return launched, requests.names
+    return launched, {function.overloadpacket.__name__ for function in requests.made}
+
+
+def _without_storage(x):
+    """The same shape, strides and offset, and no values."""
+    count = x.untyped_storage().nbytes() // x.element_size()
+    whole = torch.empty(count, dtype=x.dtype, device="meta")
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 @pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("op", OPS)
-def test_launch_reads_nothing_from_the_device(op, arch):
+@pytest.mark.parametrize(
+    ("op", "language"),
+    [
+        pytest.param(op, language, id=f"{op}-{language}")
+        for op in kimi_ops.op_names()
+        for language in GPU_BACKENDS
+        if has_kernel(op, language)
+    ],
+)
+def test_launch_reads_nothing_from_the_device(op, language, arch):
     """Tensors without storage raise where they are read; and what is launched is the same."""
     for case in cases(op):
         args = case.args()
-        bare = tuple(
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
-            if isinstance(a, torch.Tensor)
-            else a
-            for a in args
-        )
-        with targeting(target_of(arch)):
-            if get_op(op).load("triton").unsupported(*args) is not None:
+        bare = tuple(_without_storage(a) if isinstance(a, torch.Tensor) else a for a in args)
+        with targeting(target_of(arch)), simulated(language):
+            if get_op(op).load(language).unsupported(*args) is not None:
                 continue
-            launched, requests = _record(op, bare)
-            assert launched == _record(op, args)[0], case
+            launched, requests = _record(op, language, bare)
+            assert launched == _record(op, language, args)[0], case
         assert requests <= RECORDABLE, case
         assert all(1 <= n < 2**31 for _, grid, _ in launched for n in grid), case
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from op_calls import assert_mla_decode, mla_decode_call, on_device, run_mla_decode
 
 import kimi_ops
 from kimi_ops._batch_invariant import batch_invariant
 from kimi_ops._mla_plan import MAX_SPLITS, Plan, plan_of, splits_of
 from kimi_ops.reference.mla_decode import mla_decode
 from kimi_ops.testing import cases, check_op
-from kimi_ops.testing.oracle import assert_close_to_oracle
 
 OP = "mla_decode"
 
@@ -67,7 +67,7 @@ def test_length_beyond_the_page_table_is_what_the_table_holds(backend):
 def test_lost_page_is_nan_for_its_sequence_alone(backend):
     case = next(c for c in cases(OP) if c.name == "bf16-lost-page")
     with kimi_ops.use_backend(mla_decode=backend):
-        *args, rank = case.args()
+        *args, rank = on_device(case.args())
         out, lse = kimi_ops.mla_decode(*args, kv_lora_rank=rank)
     assert out[0].isfinite().all()
     assert lse[0].isfinite().all()
@@ -79,9 +79,10 @@ def test_lost_page_is_nan_for_its_sequence_alone(backend):
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
 
 from kimi_ops._target import targeting  # noqa: E402
+from kimi_ops.kernels import _gluon  # noqa: E402
 from kimi_ops.kernels import mla_decode as kernels  # noqa: E402
 from kimi_ops.kernels._mla_plan import TILES  # noqa: E402
-from kimi_ops.testing.runner import emulated, target_of  # noqa: E402
+from kimi_ops.testing.runner import target_of  # noqa: E402
 from kimi_ops.testing.static import (  # noqa: E402
     assert_no_spills,
     assert_shared_memory_fits,
@@ -91,7 +92,7 @@ from kimi_ops.testing.static import (  # noqa: E402
     static_cases_of,
 )
 
-GLUON = triton.__version__.startswith(kernels.GLUON_TRITON)
+GLUON = _gluon.compiles()
 TENSOR_INSTRUCTION = {"sm_90a": "HGMMA", "sm_100a": "UTCHMMA", "gfx942": "v_mfma"}
 # The heaviest use of each tile: page ids per token. Page 64 where there is no other.
 STATIC = [
@@ -104,44 +105,10 @@ HEAVY = ("_page_1_splits_8", "64x64_w8_512_page_64_splits_8", "combine_splits_64
 USUAL_ARCHES = ("sm_90a", "sm_100a", "sm_120")
 
 
-def _skip_unless_full(request):
-    if request.node.get_closest_marker("full") and not request.config.getoption("--full"):
-        pytest.skip("part of the full grid: --full")
-
-
-def _call(
-    lengths, heads, new=1, page=64, widths=(512, 64), max_pages=None, dtype=torch.bfloat16, seed=0
-):
-    """Arguments of one call; sequence b depends on ``lengths[b]`` and its place alone."""
-    rank, rope = widths
-    columns = max_pages or max(1, *(-(-n // page) for n in lengths))
-    cache = torch.full((len(lengths) * columns, page, rank + rope), torch.nan, dtype=dtype)
-    table = torch.arange(len(cache)).flip(0).int().view(len(lengths), columns)
-    queries = []
-    for b, length in enumerate(lengths):
-        generator = torch.Generator().manual_seed(1000 * seed + length)
-        values = torch.randn(length, rank + rope, generator=generator).to(dtype)
-        for first in range(0, length, page):
-            chunk = values[first : first + page]
-            cache[table[b, first // page], : len(chunk)] = chunk
-        queries.append(torch.randn(new, heads, rank + rope, generator=generator).to(dtype) / 4)
-    lens = torch.tensor(lengths, dtype=torch.int32)
-    return torch.stack(queries), cache, table, lens, 0.1446796, rank
-
-
 def _emulate(args, arch, seed=None):
     """Outputs and reports by kernel of one call in the emulator."""
-    out = torch.empty(*args[0].shape[:3], args[5], dtype=args[0].dtype)
-    lse = torch.empty(args[0].shape[:3])
-    with emulated(arch=arch, seed=seed) as emulation:
-        kernels.launch((out, lse), *args)
-    return out, lse, dict(emulation.launches)
-
-
-def _assert_right(args, out, lse):
-    exact = mla_decode(args[0].double(), args[1].double(), *args[2:])
-    for result, naive, oracle in zip((out, lse), mla_decode(*args), exact, strict=True):
-        assert_close_to_oracle("mla_decode", result, naive.to(result.dtype), oracle)
+    out, lse, launches = run_mla_decode(kernels, args, arch, seed)
+    return out, lse, dict(launches)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +123,7 @@ def _assert_right(args, out, lse):
         for case, arch in STATIC
     ],
 )
-def test_every_tile_compiles_without_spills_for_its_tensor_cores(built, arch, request):
-    _skip_unless_full(request)
+def test_every_tile_compiles_without_spills_for_its_tensor_cores(built, arch):
     report = compile_case(built, arch)
     assert_no_spills(report)
     assert_shared_memory_fits(report)
@@ -187,14 +153,14 @@ def test_gluon_kernels_compile_without_spills(tile, splits):
 )
 def test_the_cache_is_read_once_in_whole_sectors(arch, heads, multiprocessors):
     """512 tokens of K2.5's widths in two splits: bytes, sectors, wavefronts against the floor."""
-    args = _call((512,), heads=heads)
+    args = mla_decode_call((512,), heads=heads)
     with (
         targeting(replace(target_of(arch), multiprocessors=multiprocessors)),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(kernels, "plan_of", lambda tile, *_, **__: Plan(1, 2, 1, 2))
         out, lse, reports = _emulate(args, arch)
-    _assert_right(args, out, lse)
+    assert_mla_decode(args, out, lse)
     combine = reports.pop("mla_decode_combine_kernel")
     ((_, split),) = reports.items()
     q, cache, table, lens, *_ = args
@@ -214,27 +180,28 @@ def test_the_cache_is_read_once_in_whole_sectors(arch, heads, multiprocessors):
     ("arch", "heads", "page"),
     [(80, 4, 8), (90, 8, 64), pytest.param(90, 40, 64, marks=pytest.mark.full)],
 )
-def test_batch_invariant_mode(arch, heads, page, request):
+def test_batch_invariant_mode(arch, heads, page):
     """A sequence alone, in a batch and with a longer page table: the same bits, several splits."""
-    _skip_unless_full(request)
     widths = (32, 16) if arch == 80 else (512, 64)
     lengths = (1030, 5, 70) if arch == 80 else (520, 3)
     with batch_invariant():
-        wide = _call(lengths, heads, page=page, widths=widths, max_pages=1 + 2048 // page)
+        wide = mla_decode_call(lengths, heads, page=page, widths=widths, columns=1 + 2048 // page)
         together = _emulate(wide, arch, seed=1)
         for b, length in enumerate(lengths):
-            alone = _emulate(_call((length,), heads, page=page, widths=widths), arch, seed=b)
+            alone = _emulate(
+                mla_decode_call((length,), heads, page=page, widths=widths), arch, seed=b
+            )
             for one, many in zip(alone[:2], together[:2], strict=True):
                 assert torch.equal(one[0], many[b]), f"length {length}"
-    _assert_right(wide, *together[:2])
+    assert_mla_decode(wide, *together[:2])
 
 
 @pytest.mark.parametrize(("arch", "seeds"), [(80, 20), (90, 2)])
 def test_no_schedule_changes_a_bit(arch, seeds):
     lengths, widths = ((40, 9, 0), (32, 16)) if arch == 80 else ((130, 0), (512, 64))
-    args = _call(lengths, 8, page=64, widths=widths)
+    args = mla_decode_call(lengths, 8, page=64, widths=widths)
     out, lse, _ = _emulate(args, arch)
-    _assert_right(args, out, lse)
+    assert_mla_decode(args, out, lse)
     for seed in range(seeds):
         again = _emulate(args, arch, seed=seed)
         assert torch.equal(out, again[0])
@@ -243,10 +210,10 @@ def test_no_schedule_changes_a_bit(arch, seeds):
 
 @pytest.mark.parametrize("heads", [8, 64])
 def test_one_split_writes_the_results_itself_empty_sequences_too(heads):
-    args = _call((0, 64, 3), heads)
+    args = mla_decode_call((0, 64, 3), heads)
     out, lse, reports = _emulate(args, 90, seed=0)
     assert len(reports) == 1
-    _assert_right(args, out, lse)
+    assert_mla_decode(args, out, lse)
     assert not out[0].any()
     assert (lse[0] == -torch.inf).all()
 
@@ -266,11 +233,11 @@ def test_splits_fill_the_gpu_and_no_more():
 
 
 def test_limits_are_said():
-    small = _call((5,), 2, page=8, widths=(32, 16))
+    small = mla_decode_call((5,), 2, page=8, widths=(32, 16))
     with targeting(target_of(80)):
         assert kernels.unsupported(*small) is None
         assert "float32" in kernels.unsupported(small[0].float(), small[1].float(), *small[2:])
-        wide = _call((5,), 2, page=8, widths=(1024, 16))
+        wide = mla_decode_call((5,), 2, page=8, widths=(1024, 16))
         assert "C up to 512" in kernels.unsupported(*wide)
         table = torch.empty(1, 1 << 27, dtype=torch.int32, device="meta")
         assert "2^30" in kernels.unsupported(*small[:2], table, *small[3:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_calls import on_device
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
 import kimi_ops
@@ -70,7 +71,8 @@ def test_angles_are_not_rounded_to_the_activations_dtype():
 
 
 def _arguments(tokens, **options):
-    return mla.mla_latent_write(torch.Generator().manual_seed(7), tokens, **options)
+    with torch.device("cpu"):  # where the generator is
+        return mla.mla_latent_write(torch.Generator().manual_seed(7), tokens, **options)
 
 
 def test_widths_that_are_no_powers_of_two(backend):
@@ -82,11 +84,11 @@ def test_no_rope_values(backend):
 
 
 def test_a_token_does_not_depend_on_the_batch(backend):
-    whole = list(_arguments(6, page=4))
+    whole = list(on_device(_arguments(6, page=4)))
     with kimi_ops.use_backend(mla_latent_write=backend):
         q_a = kimi_ops.mla_latent_write(*whole)
         for t in (0, 2, 5):
-            part = list(_arguments(6, page=4))
+            part = list(on_device(_arguments(6, page=4)))
             for i in (0, 3, 5):  # qkv_a, positions, slot_mapping
                 part[i] = part[i][t : t + 1]
             alone = kimi_ops.mla_latent_write(*part)

@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from op_calls import experts_call
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
@@ -92,17 +93,10 @@ def test_ranks_of_experts_add_up_to_the_whole():
     torch.testing.assert_close(parts, whole)
 
 
-def _layer(tokens, experts, top_k, d, f):
-    case = next(c for c in cases(OP) if c.name == "bf16-9")
-    build = case.build.func
-    generator = torch.Generator().manual_seed(7)
-    return build(generator, tokens=tokens, experts=experts, top_k=top_k, d=d, f=f)
-
-
 @pytest.mark.parametrize("arch", [80, 90])
 def test_each_weight_is_read_once_in_whole_sectors(arch):
     """One token of one expert: codes and scales, nothing twice."""
-    args = _layer(tokens=1, experts=1, top_k=1, d=512, f=512)
+    args = experts_call(tokens=1, experts=1, top_k=1, d=512, f=512)
     y = torch.empty(1, 512, dtype=torch.bfloat16)
     with emulated(arch=arch) as run:
         kernels.launch(y, *args)
@@ -153,7 +147,7 @@ def test_one_or_two_tokens_a_block(arch, tokens, experts, top_k, d, f, options):
 
 def test_many_tokens_over_several_steps_along_k():
     """Registers that a product still reads must not be written by the next step: wgmma's hazard."""
-    args = _layer(tokens=20, experts=2, top_k=1, d=288, f=160)
+    args = experts_call(tokens=20, experts=2, top_k=1, d=288, f=160)
     y = torch.empty(20, 288, dtype=torch.bfloat16)
     with emulated(arch=90):
         kernels.launch(y, *args)
@@ -162,13 +156,13 @@ def test_many_tokens_over_several_steps_along_k():
 
 
 def test_a_token_alone_gets_the_same_bits_in_batch_invariant_mode():
-    args = list(_layer(tokens=20, experts=3, top_k=2, d=64, f=64))
+    args = list(experts_call(tokens=20, experts=3, top_k=2, d=64, f=64))
     whole, alone = torch.empty(20, 64).bfloat16(), torch.empty(1, 64).bfloat16()
     with batch_invariant(), _target.targeting(target_of(80)), interpreted(seed=1):
         kernels.launch(whole, *args)
         for at in (0, 6, 7):
             args[at] = None if args[at] is None else args[at][7:8]
-        args[0], args[5], args[6] = (_layer(20, 3, 2, 64, 64)[i][7:8] for i in (0, 5, 6))
+        args[0], args[5], args[6] = (experts_call(20, 3, 2, 64, 64)[i][7:8] for i in (0, 5, 6))
         kernels.launch(alone, *args)
     assert torch.equal(whole[7], alone[0])
 
@@ -188,7 +182,7 @@ def test_a_block_holds_what_an_expert_gets_under_even_routing(tokens, experts, b
 def test_offsets_beyond_31_bits():
     """Experts more than 2^31 elements apart: all but two rows of the storage are never touched."""
     d, f, apart = 64, 64, 2**30 + 64  # in words: 2^31 of the kernel's units and more
-    args = list(_layer(tokens=3, experts=2, top_k=2, d=d, f=f))
+    args = list(experts_call(tokens=3, experts=2, top_k=2, d=d, f=f))
     near = args[1]
     storage = torch.empty(apart + near[0].numel(), dtype=torch.int32)
     far = storage.as_strided(near.shape, (apart, d // 8, 1))
@@ -222,7 +216,7 @@ def test_compiled_without_spills_and_on_tensor_cores(stage, tokens, arch, instru
 
 
 def test_refusals_name_the_limit():
-    args = list(_layer(tokens=1, experts=2, top_k=1, d=64, f=64))
+    args = list(experts_call(tokens=1, experts=2, top_k=1, d=64, f=64))
     with _target.targeting(target_of(80)):
         assert kernels.unsupported(*args) is None
         shifted = list(args)

@@ -50,16 +50,6 @@ def test_leaves_the_counters_at_zero(tokens):
     assert torch.equal(first[1], again[1])
 
 
-def test_a_row_does_not_depend_on_its_batch():
-    x, *rest = _inputs(66)
-    with kimi_ops.batch_invariant():
-        weights, ids, _ = _route((x, *rest))
-        for rows in (slice(7, 8), slice(3, 9)):
-            alone = _route((x[rows], *rest))
-            assert torch.equal(alone[0], weights[rows])
-            assert torch.equal(alone[1], ids[rows])
-
-
 @pytest.mark.parametrize(
     ("d", "experts"), [(40, 50), (100, 48), (8, 3)], ids=["ragged", "no-vectors", "tiny"]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_calls import on_device
 
 import kimi_ops
 from kimi_ops.reference.moe_select import moe_select
@@ -17,7 +18,7 @@ def test_matches_oracle(backend, case):
 
 
 def test_ids_are_valid_and_distinct_whatever_the_values(backend, case):
-    logits, bias, top_k, n_group, topk_group, scale, normalize = case.args()
+    logits, bias, top_k, n_group, topk_group, scale, normalize = on_device(case.args())
     with kimi_ops.use_backend(moe_select=backend):
         _, ids = kimi_ops.moe_select(
             logits,

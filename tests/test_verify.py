@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 
+from kimi_ops import _backends
 from kimi_ops._backends import as_backend
 from kimi_ops._dispatch import get_op
 from kimi_ops.cli import main
@@ -56,6 +58,44 @@ def test_a_wrong_kernel_is_named_and_the_exit_code_is_1(few, monkeypatch, capsys
     assert "| 0, 2 FAILED |" in out
     assert "- silu_mul, triton[interpreted], bf16-hostile: " in out
     assert "0 cases passed, 2 failed" in out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), None])
+def test_an_error_of_the_launch_is_a_failed_case(few, monkeypatch, capsys, error):
+    """The driver's, and Triton's compiler's, which is no RuntimeError; the next case is tried."""
+    error = error or importlib.import_module("triton.errors").TritonError("out of resources")
+
+    def launch(y, gate_up):
+        raise error
+
+    broken = SimpleNamespace(launch=launch, unsupported=lambda x: None)
+    monkeypatch.setitem(get_op(OP)._simulated, "triton", as_backend(broken))
+    assert main(["verify", "--op", OP, "--way", "interpreted"]) == 1
+    out = capsys.readouterr().out
+    assert "| 0, 2 FAILED |" in out
+    assert f"bf16-hostile: {type(error).__name__}: {error}" in out
+
+
+@pytest.mark.parametrize(
+    ("needs", "old", "reason"),
+    [
+        ("no_such_module", None, "no_such_module is not installed: pip install it"),
+        ("triton", "this GPU is too old", "this GPU is too old"),
+    ],
+)
+def test_a_backend_that_cannot_run_on_the_gpu_is_said_and_the_exit_code_is_1(
+    few, monkeypatch, capsys, needs, old, reason
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setitem(_backends._NEEDS, "triton", (needs, "pip install it"))
+    monkeypatch.setattr(get_op(OP), "_loaded", {})
+    monkeypatch.setattr(verify, "too_old", lambda device: old)
+    assert main(["verify", "--op", OP, "--device", "cuda"]) == 1
+    out = capsys.readouterr().out
+    said = f"cannot run: {reason}"
+    assert f"| silu_mul | triton on a GPU |  |  | {said} |" in out
+    assert f"- silu_mul, triton on a GPU: {said}" in out
 
 
 def test_what_a_kernel_declines_is_no_failure(few, monkeypatch, capsys):

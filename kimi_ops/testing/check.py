@@ -17,7 +17,7 @@ DEVICE = "cpu"  # where `check_op` runs unless it is told; the tests' --device s
 _GUARD = 64  # elements before and after each output and each restrided row that must stay poison
 _POISON = -77_777_777
 # Ops whose results are products of their inputs: an error is relative to the element itself.
-_RELATIVE = frozenset({"rms_norm", "add_rms_norm", "silu_mul"})
+RELATIVE = frozenset({"rms_norm", "add_rms_norm", "silu_mul"})
 
 
 def poison_of(dtype: torch.dtype) -> float:
@@ -78,7 +78,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.as_strided((count,), (1,), 0)
 
 
-def _copy(args: Sequence[Any], device: str | torch.device, *, exact: bool = False) -> list[Any]:
+def copied(args: Sequence[Any], device: str | torch.device, *, exact: bool = False) -> list[Any]:
     """The arguments copied with all of their storage: strides, offset and what lies in the gaps."""
     copies: list[Any] = []
     for arg in args:
@@ -111,7 +111,7 @@ def _restrided(args: Sequence[Any]) -> list[Any]:
     return wide
 
 
-def _reference(op: Op, args: list[Any]) -> tuple[Tensor, ...]:
+def reference_results(op: Op, args: list[Any]) -> tuple[Tensor, ...]:
     """Outputs and written arguments of the reference; the arguments are used up."""
     reference = op.load("reference")
     assert not isinstance(reference, str), reference
@@ -124,10 +124,10 @@ def _written(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(args[op.params.index(name)] for name in op.mutates)
 
 
-def _run(op: Op, args: Sequence[Any], backend: str, device: str) -> tuple[Tensor, ...]:
+def guarded_run(op: Op, args: Sequence[Any], backend: str, device: str) -> tuple[Tensor, ...]:
     """One run on a copy: outputs and written arguments; nothing else may have changed."""
-    mine = _copy(args, device)
-    before = _copy(args, device)
+    mine = copied(args, device)
+    before = copied(args, device)
     with use_backend(f"{op.name}={backend}"), poisoned_outputs(op.name) as assert_guards:
         outputs = as_tuple(op.overload(*mine))
         assert_guards()
@@ -156,9 +156,12 @@ def check_op(
     with the oracle; checks that no other argument changed and that repeated runs are bitwise equal;
     then once more with every tensor strided, unless the backend declares that it cannot run that.
 
+    What the body makes itself is on the CPU or on ``device`` by name: a default device that the
+    caller has set (`torch.device` as a context) must not hide an op that forgets to name its own.
+
     Args:
         op: name of the op.
-        args: all its arguments in the order of the schema, on the CPU.
+        args: all its arguments in the order of the schema, on any device.
         backend: name for `use_backend`.
         device: where to run; `DEVICE` by default.
         repeats: number of runs.
@@ -169,32 +172,41 @@ def check_op(
     Raises:
         AssertionError: what was wrong, with the element.
     """
-    contract, device = get_op(op), device or DEVICE
+    # Where there is none, no block: torch would ask it at every call.
+    plain = torch.get_default_device() == torch.device("cpu")
+    with contextlib.nullcontext() if plain else torch.device("cpu"):
+        return _check_op(get_op(op), args, backend, device or DEVICE, repeats)
+
+
+def _check_op(
+    contract: Op, args: Sequence[Any], backend: str, device: str, repeats: int
+) -> list[Comparison]:
+    op = contract.name
     fp8 = is_written_fp8(contract, args)
     plain = with_plain_cache(contract, args) if fp8 else args
-    oracle = _reference(contract, _copy(plain, device, exact=True))
-    baseline = _reference(contract, _copy(plain, device))
+    oracle = reference_results(contract, copied(plain, device, exact=True))
+    baseline = reference_results(contract, copied(plain, device))
     count = len(oracle) - len(contract.mutates)
     names = [f"output {i}" for i in range(count)] + list(contract.mutates)
 
     def compare(results: tuple[Tensor, ...], note: str = "") -> list[Comparison]:
         worst = []
-        for name, *tensors in zip(names, results, baseline, oracle, strict=True):
-            title = f"{op} {name}{note}"
+        for name, *found in zip(names, results, baseline, oracle, strict=True):
+            title, tensors = f"{op} {name}{note}", [tensor.cpu() for tensor in found]
             if fp8 and name in contract.mutates:
-                worst += compare_written(title, contract, args, *tensors)
+                worst += compare_written(title, contract, copied(args, "cpu"), *tensors)
             else:
-                worst.append(assert_close_to_oracle(title, *tensors, relative=op in _RELATIVE))
+                worst.append(assert_close_to_oracle(title, *tensors, relative=op in RELATIVE))
         return worst
 
-    first, *others = (_run(contract, args, backend, device) for _ in range(repeats))
+    first, *others = (guarded_run(contract, args, backend, device) for _ in range(repeats))
     for again in others:
         for name, one, other in zip(names, first, again, strict=True):
             assert bitwise_equal(one, other), f"{op}: {name} differs between runs"
     worst = compare(first)
     wide = _restrided(args)
-    if contract.why_not(backend, tuple(_copy(wide, device))) is None:
-        compare(_run(contract, wide, backend, device), " of strided arguments")
+    if contract.why_not(backend, tuple(copied(wide, device))) is None:
+        compare(guarded_run(contract, wide, backend, device), " of strided arguments")
     return worst
 
 

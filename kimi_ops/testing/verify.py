@@ -8,6 +8,7 @@ guarded, results within the budget, bit for bit equal when repeated, strided arg
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -18,8 +19,9 @@ from unittest import mock
 
 import torch
 
-from kimi_ops._backends import has_kernel
+from kimi_ops._backends import GPU_BACKENDS, has_kernel
 from kimi_ops._dispatch import get_op, op_names
+from kimi_ops._target import too_old
 from kimi_ops._version import __version__
 from kimi_ops.testing import runner
 from kimi_ops.testing.check import check_op
@@ -47,6 +49,7 @@ class Outcome:
         left_out: cases too large for the way.
         declined: cases that the kernel declares it cannot run, with its reason.
         failed: cases that went wrong, with what was said.
+        cannot_run: why no case was run at all.
         worst: the element that used most of its budget, and its case.
     """
 
@@ -58,6 +61,7 @@ class Outcome:
     left_out: list[str] = field(default_factory=list)
     declined: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    cannot_run: str | None = None
     worst: tuple[str, Comparison] | None = None
 
     def add(self, case: Case, comparisons: Sequence[Comparison]) -> None:
@@ -76,6 +80,8 @@ class Outcome:
             share = f"{one.ratio:.2f}" if one.budget else "equal"
             at = f"{case}: {one.name.removeprefix(self.op).strip()}" if one.budget else ""
         ran = f"{len(self.passed)}" + f", {len(self.failed)} FAILED" * bool(self.failed)
+        if self.cannot_run:
+            ran = f"cannot run: {self.cannot_run}"
         return (
             self.op, self.way, str(len(self.kernels) or ""), str(len(self.texts) or ""), ran,
             str(len(self.left_out) or ""), str(len(self.declined) or ""), share, at,
@@ -105,17 +111,28 @@ def _recording(way: Way, outcome: Outcome) -> Way:
     return replace(way, context=context)
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What a wrong kernel raises: a check, the emulator, a compiler, the driver at the launch.
+
+    RuntimeError is what torch, CuPy's driver and `kimi_ops._nvrtc` raise; Triton has its own.
+    """
+    found: list[type[Exception]] = [AssertionError, PtxError, RuntimeError]
+    if importlib.util.find_spec("triton") is not None:
+        found.append(importlib.import_module("triton.errors").TritonError)
+    return tuple(found)
+
+
 def _run_cases(outcome: Outcome, chosen: Sequence[Case], backend: str, device: str) -> Outcome:
-    op = get_op(outcome.op)
+    op, failures = get_op(outcome.op), _failures()
     for case in chosen:
-        args = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args())
-        if reason := op.why_not(backend, args):
-            outcome.declined[case.name] = reason
-            continue
         try:
+            args = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args())
+            if reason := op.why_not(backend, args):
+                outcome.declined[case.name] = reason
+                continue
             outcome.add(case, check_op(op.name, case.args(), backend, device=device))
-        except (AssertionError, PtxError) as error:
-            outcome.failed[case.name] = str(error)
+        except failures as error:
+            outcome.failed[case.name] = f"{type(error).__name__}: {error}"
     return outcome
 
 
@@ -137,9 +154,14 @@ def verify_way(op: str, way: Way, *, full: bool = False) -> Outcome:
 
 
 def verify_backend(op: str, backend: str, device: str, *, full: bool = False) -> Outcome:
-    """Runs an op's cases on a device itself."""
+    """Runs an op's cases on a device itself; `Outcome.cannot_run` where nothing could be run."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     outcome = Outcome(op, f"{backend} on {name}")
+    outcome.cannot_run = get_op(op).why_not(backend, None)
+    if backend in GPU_BACKENDS:
+        outcome.cannot_run = outcome.cannot_run or too_old(torch.device(device))
+    if outcome.cannot_run is not None:
+        return outcome
     return _run_cases(outcome, cases(op, full=full), backend, device)
 
 
@@ -148,7 +170,10 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     for op in ops:
         for backend in _NATIVE[device.split(":")[0]]:
-            if has_kernel(op, backend) and not ways and get_op(op).why_not(backend, None) is None:
+            if ways or not has_kernel(op, backend):
+                continue
+            # The CPU library may be absent; on a GPU what does not run was not verified.
+            if device != "cpu" or get_op(op).why_not(backend, None) is None:
                 yield verify_backend(op, backend, device, full=full)
         for way in ways_of(op) if device == "cpu" else ():
             if not ways or {way.name, way.name.partition("[")[2].rstrip("]")} & set(ways):
@@ -183,7 +208,8 @@ def run(ops: Sequence[str], ways: Sequence[str], device: str, full: bool) -> int
         full: the large cases too.
 
     Returns:
-        0 all went through, 1 a case went wrong, 2 the request could not be carried out.
+        0 all went through, 1 a case went wrong or a backend cannot run at all, 2 the request could
+        not be carried out.
     """
     if problem := _problem(ops, ways, device):
         print(f"kimi-ops verify: {problem}", file=sys.stderr)
@@ -199,6 +225,8 @@ def run(ops: Sequence[str], ways: Sequence[str], device: str, full: bool) -> int
     for outcome in _outcomes(ops or op_names(), ways, device, full):
         print(f"| {' | '.join(outcome.row())} |", flush=True)
         passed += len(outcome.passed)
+        if outcome.cannot_run:
+            wrong.append(f"- {outcome.op}, {outcome.way}: cannot run: {outcome.cannot_run}")
         for found, target in ((outcome.failed, wrong), (outcome.declined, declined)):
             target += [
                 f"- {outcome.op}, {outcome.way}, {name}: {' '.join(text.split())}"

@@ -2,7 +2,7 @@
 
     triton[interpreted]   the Triton source, in the repaired interpreter
     triton[sm_80]         what the compiler makes of it for that architecture, in the emulator
-    cuda[sm_80]           the same of CUDA C++
+    cuda[sm_80]           the same of CUDA C++, and cuda[sm_90]
 
 `with_way` registers such a backend for one op. It takes over the op's own launches alone: each runs
 in a block of its own, in which the outputs count as uninitialised. Every other launch follows a
@@ -15,7 +15,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ import torch
 from kimi_ops._backends import Backend, has_kernel, simulated
 from kimi_ops._dispatch import get_op, register_backend
 from kimi_ops._target import targeting
-from kimi_ops.cuda._launcher import SOURCES
 from kimi_ops.testing.check import as_tuple
 from kimi_ops.testing.inputs import Case
 from kimi_ops.testing.runner import emulated, target_of
@@ -76,27 +75,28 @@ _INTERPRETED_WORK = 1 << 19
 _EMULATED_WORK = 1 << 18
 # The larger cases differ from the smaller ones in what the source does, which sm_80 has shown.
 _EMULATED_AGAIN_WORK = 1 << 17
+# Of CUDA C++ the one source makes nearly the same PTX for both. Where it has a path for sm_90 alone
+# that is a kernel of its own, with the cases that a Triton kernel has there.
+_CUDA_AGAIN_WORK = 1 << 14
+_CUDA_OWN_PATH_ON_SM_90 = frozenset({"mla_decode", "mla_decode_value"})
 _CUDA_AGAIN = "cuda[sm_90]"
 WAYS = (
     Way("triton[interpreted]", "triton", 80, _interpreted, _INTERPRETED_WORK),
     Way("triton[sm_80]", "triton", 80, _emulated(80), _EMULATED_WORK),
     Way("triton[sm_90]", "triton", 90, _emulated(90), _EMULATED_AGAIN_WORK),
     Way("cuda[sm_80]", "cuda", 80, _emulated(80), _EMULATED_WORK),
-    Way(_CUDA_AGAIN, "cuda", 90, _emulated(90), _EMULATED_AGAIN_WORK),
+    Way(_CUDA_AGAIN, "cuda", 90, _emulated(90), _CUDA_AGAIN_WORK),
 )
 
 
 def ways_of(op: str) -> list[Way]:
-    """The ways in which an op's kernels can run: all those of the backends that have one.
-
-    CUDA C++ is taken for sm_90 as well only where its source says that it differs there.
-    """
-    ways = [way for way in WAYS if has_kernel(op, way.backend)]
-    if any(way.name == _CUDA_AGAIN for way in ways):
-        stage = SOURCES.glob(f"{op}*.cu*")
-        if not any("__CUDA_ARCH__" in path.read_text() for path in stage):
-            ways = [way for way in ways if way.name != _CUDA_AGAIN]
-    return ways
+    """The ways in which an op's kernels can run, with the work that each can do of this op."""
+    own = op in _CUDA_OWN_PATH_ON_SM_90
+    return [
+        replace(way, work_limit=_EMULATED_AGAIN_WORK) if own and way.name == _CUDA_AGAIN else way
+        for way in WAYS
+        if has_kernel(op, way.backend)
+    ]
 
 
 class _Backend:

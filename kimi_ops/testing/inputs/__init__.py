@@ -49,9 +49,10 @@ class Case:
         return sum(arg.numel() for arg in self.args() if isinstance(arg, torch.Tensor))
 
     def args(self) -> tuple[Any, ...]:
-        """The arguments, the same ones at every call."""
+        """The arguments, the same ones at every call, on the CPU whatever the default device."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.op}/{self.name}".encode()))
-        return self.build(generator)
+        with torch.device("cpu"):
+            return self.build(generator)
 
     def __str__(self) -> str:
         return self.name
