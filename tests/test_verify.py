@@ -121,6 +121,11 @@ def test_kernels_on_a_device_go_through_the_same_body(few):
         (["--op", "nothing"], "unknown op 'nothing'; there are add_rms_norm, "),
         (["--way", "sm_75"], "unknown way 'sm_75'; there are triton[interpreted], "),
         (["--device", "tpu"], "the device must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "cuda:x"], "the device must be cpu, cuda or cuda:N, got 'cuda:x'"),
+        (
+            ["--op", "silu_mul", "--way", "cuda[sm_90]"],
+            "silu_mul cannot run that way; there are triton[interpreted], triton[sm_80], ",
+        ),
         (["--device", "cuda", "--way", "sm_80"], "ways are for kernels that run without a GPU"),
     ],
 )

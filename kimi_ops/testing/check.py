@@ -54,7 +54,8 @@ def poisoned_outputs(op: str) -> Iterator[Callable[[], None]]:
     def assert_guards() -> None:
         for number, (block, count) in enumerate(blocks):
             guards = torch.cat((block[:_GUARD], block[_GUARD + count :]))
-            intact = guards.isnan() if block.dtype.is_floating_point else guards == _POISON
+            poison = poison_of(block.dtype)
+            intact = guards.isnan() if block.dtype.is_floating_point else guards == poison
             assert intact.all(), f"{op} wrote outside its output {number % len(blocks)}"
 
     contract.outputs = poisoned

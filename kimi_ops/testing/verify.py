@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from kimi_ops.testing.check import check_op
 from kimi_ops.testing.inputs import Case, cases
 from kimi_ops.testing.oracle import Comparison
 from kimi_ops.testing.ptx import PtxError
+from kimi_ops.testing.static import CudaCompileError
 from kimi_ops.testing.ways import WAYS, Way, ways_of, with_way
 
 _NATIVE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # device: backends that run on it
@@ -116,7 +118,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
     RuntimeError is what torch, CuPy's driver and `kimi_ops._nvrtc` raise; Triton has its own.
     """
-    found: list[type[Exception]] = [AssertionError, PtxError, RuntimeError]
+    found: list[type[Exception]] = [AssertionError, PtxError, RuntimeError, CudaCompileError]
     if importlib.util.find_spec("triton") is not None:
         found.append(importlib.import_module("triton.errors").TritonError)
     return tuple(found)
@@ -187,14 +189,19 @@ def _problem(ops: Sequence[str], ways: Sequence[str], device: str) -> str | None
     known = {name for w in WAYS for name in (w.name, w.name.partition("[")[2].rstrip("]"))}
     if unknown := sorted(set(ways) - known):
         return f"unknown way {unknown[0]!r}; there are {', '.join(w.name for w in WAYS)}"
-    if device.split(":")[0] not in _NATIVE:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         return f"the device must be cpu, cuda or cuda:N, got {device!r}"
     if device != "cpu" and ways:
         return "ways are for kernels that run without a GPU; leave out --way or --device"
     if device != "cpu" and not torch.cuda.is_available():
         return "there is no CUDA device here; without one the kernels run in ways: --device cpu"
+    if device != "cpu" and (torch.device(device).index or -1) >= torch.cuda.device_count():
+        return f"there is no {device} here; there are {torch.cuda.device_count()} CUDA devices"
     if device == "cpu" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.4'"
+    there = {way.name for op in ops or op_names() for way in ways_of(op)}
+    if ways and not any(name in there or f"[{name}]" in " ".join(there) for name in ways):
+        return f"{', '.join(ops)} cannot run that way; there are {', '.join(sorted(there))}"
     return None
 
 
