@@ -19,6 +19,7 @@ program that finishes last (`_arrivals`) knows that all logits are written, and 
     T > 64     the same product in larger tiles, then `moe_select`'s kernel, which sums the parts
 
 In batch-invariant mode every T goes the last way, with 8 parts and one tile.
+For `moe_route_sort` whoever selects last sorts too, up to T = 64 (`_moe_route_sort`).
 
 Bytes: gate once from memory (once per 8 tokens from L2), x once per 64 experts, 8 T E of partial
 logits per part. At T = 1 the floor is 5.5 MB, 1.6 us on an H100.
@@ -45,71 +46,29 @@ from torch import Tensor
 
 from kimi_ops import _arrivals, _target
 from kimi_ops._batch_invariant import is_batch_invariant
+from kimi_ops.kernels import _moe_route_sort as tables
 from kimi_ops.kernels import moe_select
+from kimi_ops.kernels._moe_route_sort import GROUPS, is_last, sort_pairs
+from kimi_ops.kernels._moe_route_tiles import (
+    NARROW,
+    NARROW_FLOAT32,
+    NARROW_PARTS,
+    PARTS,
+    TILES,
+    TILES_WIDE,
+    WIDE,
+    WIDE_64K,
+    WIDE_FLOAT32,
+    Tile,
+)
 from kimi_ops.kernels._selection import select_rows
-from kimi_ops.kernels._tiles import TileChoice
 
 BATCH_INVARIANT = True  # then every call has 8 parts, one tile and two launches
 _FEW = 4  # tokens up to which a product of vectors beats one of matrices: x still fits registers
-_ONE_LAUNCH = 8 * _arrivals.PER_LAUNCH
+_ONE_LAUNCH = 8 * GROUPS.value  # tokens
 _FEW_COLUMNS = 1024  # of a step: a 16-byte load for each thread of 4 warps
 _FEW_WIDEST = 16 * _FEW_COLUMNS  # columns of x: its steps are unrolled
 _FEW_ROWS = 4  # of the gate at most; each is 8 accumulators a thread and token
-
-
-class Tile(NamedTuple):
-    """A program of the matrix product: experts, tokens and columns of a step, warps, stages."""
-
-    E: int
-    T: int
-    D: int
-    warps: int
-    stages: int
-
-
-# One program selects for all of its tokens, on one SM: with 16 its chain is longer, with 4 the gate
-# goes through L2 twice as often. 8 columns are too few for wgmma, and bound by memory anyway; a
-# warp multiplies 16 experts. Long rows of a step, since a program has few steps.
-_NARROW = Tile(E=64, T=8, D=256, warps=4, stages=2)
-if triton.__version__.startswith("3.4."):  # no product of less than 16 columns; later ones pad
-    _NARROW = Tile(E=64, T=16, D=256, warps=4, stages=2)
-_NARROW_PARTS = 8
-# 96 KiB: fits the 99 KiB of sm_86, 89 and 120; the other one the 64 KiB of gfx942.
-_WIDE = Tile(E=128, T=64, D=64, warps=4, stages=4)
-_WIDE_64K = Tile(E=128, T=64, D=64, warps=4, stages=2)
-# Float32 is multiplied without tensor cores, from registers; right, not fast.
-_NARROW_FLOAT32 = Tile(E=32, T=8, D=32, warps=4, stages=2)
-_WIDE_FLOAT32 = Tile(E=32, T=32, D=32, warps=4, stages=2)
-_PARTS = 8  # at most, and in batch-invariant mode
-
-
-def _narrow_candidates(experts: int, columns: int, tokens: int) -> tuple[Tile, ...]:
-    """8 tokens at least, as there are counters for 8 groups; a warp multiplies 16 experts."""
-    shapes = (32, 8, 256, 2), (64, 8, 128, 4), (64, 8, 256, 4), (64, 8, 512, 4), (128, 8, 128, 8)
-    shapes += (64, 16, 128, 4), (64, 16, 256, 4)
-    return tuple(Tile(*shape, stages) for shape in shapes for stages in (2, 3))
-
-
-def _wide_candidates(experts: int, columns: int, tokens: int) -> tuple[Tile, ...]:
-    shapes = (64, 64, 64, 4), (64, 64, 128, 4), (128, 64, 64, 4), (128, 64, 64, 8), (64, 128, 64, 4)
-    shapes += (128, 128, 64, 8), (128, 64, 128, 8)
-    return tuple(Tile(*shape, stages) for shape in shapes for stages in (2, 3, 4))
-
-
-# Of 16-bit operands, with 5 to 64 tokens and with more.
-_ROW = ("experts", "columns")
-TILES = TileChoice("moe_route", _narrow_candidates, row=_ROW, batch="tokens")
-TILES_WIDE = TileChoice("moe_route.wide", _wide_candidates, row=_ROW, batch="tokens")
-
-
-@triton.jit
-def _is_last(counter_ptr, programs):
-    """Whether all other programs have stored what they had to; leaves the counter at 0."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
-    if last:
-        tl.atomic_xchg(counter_ptr, 0, sem="relaxed", scope="gpu")
-    return last
 
 
 @triton.jit
@@ -142,6 +101,12 @@ def moe_route_few_kernel(
     C1: tl.constexpr,
     L: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    order_ptr,  # [T K], with BLOCK_S
+    offsets_ptr,  # [local + 1], with BLOCK_S
+    first,
+    local,
+    BLOCK_S: tl.constexpr,  # 0: no tables
+    BLOCK_L: tl.constexpr,
     ROWS: tl.constexpr,  # experts of a program
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -166,13 +131,16 @@ def moe_route_few_kernel(
     mask = (offs_t < T)[:, None] & mask_e[None, :]
     tl.store(logits_ptr + offs, tl.sum(total, 2), mask=mask)
 
-    if _is_last(counter_ptr, tl.num_programs(0)):
+    if is_last(counter_ptr, tl.num_programs(0)):
         offs_s = tl.arange(0, SELECT_T)
         select_rows(
             logits_ptr, bias_ptr, weights_ptr, ids_ptr, offs_s, offs_s < T,
             stride_logits_s, stride_logits_t, stride_logits_e, stride_bias_e, scale, K,
             E, n_group, topk_group, NORMALIZE, SPLITS, C0, C1, L, BLOCK_K,
         )  # fmt: skip
+        if BLOCK_S > 0:
+            tl.debug_barrier()
+            sort_pairs(ids_ptr, order_ptr, offsets_ptr, T * K, first, local, BLOCK_S, BLOCK_L)
 
 
 @triton.jit
@@ -206,6 +174,12 @@ def moe_route_gate_kernel(
     C1: tl.constexpr,
     L: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    order_ptr,  # [T K], with BLOCK_S
+    offsets_ptr,  # [local + 1], with BLOCK_S
+    first,
+    local,
+    BLOCK_S: tl.constexpr,  # 0: no tables
+    BLOCK_L: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -237,12 +211,17 @@ def moe_route_gate_kernel(
     tl.store(logits_ptr + offs, total, mask=mask_e[:, None] & mask_t[None, :])
 
     if SELECT:  # noqa: SIM102  (`and` would evaluate both)
-        if _is_last(counter_ptr + group, tiles * SPLITS):
+        if is_last(counter_ptr + group, tiles * SPLITS):
             select_rows(
                 logits_ptr, bias_ptr, weights_ptr, ids_ptr, offs_t, mask_t,
                 stride_logits_s, stride_logits_t, stride_logits_e, stride_bias_e, scale, K,
                 E, n_group, topk_group, NORMALIZE, SPLITS, C0, C1, L, BLOCK_K,
             )  # fmt: skip
+            if BLOCK_S > 0:  # noqa: SIM102
+                if is_last(counter_ptr + GROUPS, tl.num_programs(0) // (tiles * SPLITS)):
+                    sort_pairs(
+                        ids_ptr, order_ptr, offsets_ptr, T * K, first, local, BLOCK_S, BLOCK_L
+                    )
 
 
 class Call(NamedTuple):
@@ -258,9 +237,9 @@ class Call(NamedTuple):
 def _parts(tokens: int, experts: int, tile: Tile, multiprocessors: int) -> int:
     """Parts of D: enough to give every SM a program, 8 at most; 8 in batch-invariant mode."""
     if is_batch_invariant():
-        return _PARTS
+        return PARTS
     programs = triton.cdiv(tokens, tile.T) * triton.cdiv(experts, tile.E)
-    return min(_PARTS, triton.next_power_of_2(triton.cdiv(multiprocessors, programs)))
+    return min(PARTS, triton.next_power_of_2(triton.cdiv(multiprocessors, programs)))
 
 
 def plan(
@@ -272,8 +251,13 @@ def plan(
     topk_group: int,
     scale: float,
     normalize: bool,
+    sort: tuple[Tensor, Tensor, int, int] | None = None,
 ) -> Call:
-    """The launch for a call, with its workspaces."""
+    """The launch for a call, with its workspaces.
+
+    ``sort`` is what a launch that selects writes tables to: order, offsets, and the first and the
+    number of the local experts.
+    """
     (tokens, D), experts = x.shape, gate_weight.shape[0]
     target = _target.target(x.device)
     multiprocessors = target.multiprocessors
@@ -281,18 +265,18 @@ def plan(
     few = tokens <= _FEW and D <= _FEW_WIDEST and not is_batch_invariant()
     one_launch = tokens <= _ONE_LAUNCH and not is_batch_invariant()
     if one_launch:
-        tile = _NARROW if on_tensor_cores else _NARROW_FLOAT32
+        tile = NARROW if on_tensor_cores else NARROW_FLOAT32
     elif on_tensor_cores:
-        tile = _WIDE if target.shared_bytes > 1 << 16 else _WIDE_64K
+        tile = WIDE if target.shared_bytes > 1 << 16 else WIDE_64K
     else:
-        tile = _WIDE_FLOAT32
+        tile = WIDE_FLOAT32
     if on_tensor_cores and not few:
         choice = TILES if one_launch else TILES_WIDE
         tile = choice.choose(x.device, tile, experts, D, tokens)
     if few:
         parts = 1
     else:
-        parts = _NARROW_PARTS if one_launch else _parts(tokens, experts, tile, multiprocessors)
+        parts = NARROW_PARTS if one_launch else _parts(tokens, experts, tile, multiprocessors)
     # Rows of a multiple of 32 logits are read in 16 bytes.
     width = triton.cdiv(experts, 32) * 32
     logits = torch.empty((parts, tokens, width), dtype=torch.float32, device=x.device)
@@ -309,6 +293,8 @@ def plan(
         "stride_gate_d": gate_weight.stride(1),
         "D": D,
     }
+    wanted = sort if one_launch and sort is not None else (None, None, 0, 0)
+    arguments |= tables.arguments(*wanted)
     if few:
         rows = min(triton.cdiv(experts, multiprocessors), _FEW_ROWS)
         arguments |= {
@@ -347,6 +333,29 @@ def unsupported(
     return None
 
 
+def route(
+    outputs: tuple[Tensor, Tensor],
+    x: Tensor,
+    gate_weight: Tensor,
+    bias: Tensor,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    normalize: bool,
+    sort: tuple[Tensor, Tensor, int, int] | None = None,
+) -> bool:
+    """Routes; whether the tables of ``sort`` (see `plan`), if any, are written."""
+    if x.shape[0] == 0:
+        return False
+    bias = bias.float()
+    call = plan(outputs, x, gate_weight, bias, n_group, topk_group, scale, normalize, sort)
+    call.kernel[call.grid](**call.arguments, **call.options)
+    if not call.selects:
+        names = moe_select.moe_select_kernel.arg_names
+        moe_select.run({name: call.arguments[name] for name in names if name != "ROWS"})
+    return call.selects and sort is not None
+
+
 def launch(
     outputs: tuple[Tensor, Tensor],
     x: Tensor,
@@ -358,14 +367,7 @@ def launch(
     scale: float,
     normalize: bool,
 ) -> None:
-    if x.shape[0] == 0:
-        return
-    bias = bias.float()
-    call = plan(outputs, x, gate_weight, bias, n_group, topk_group, scale, normalize)
-    call.kernel[call.grid](**call.arguments, **call.options)
-    if not call.selects:
-        names = moe_select.moe_select_kernel.arg_names
-        moe_select.run({name: call.arguments[name] for name in names if name != "ROWS"})
+    route(outputs, x, gate_weight, bias, n_group, topk_group, scale, normalize)
 
 
 def static_cases() -> Iterable[Any]:

@@ -44,9 +44,13 @@ def _compile() -> Command:
 
 
 def _verify() -> Command:
-    from kimi_ops.testing import verify
+    from kimi_ops.testing import compare, verify
 
-    return lambda args: verify.run(args.op, args.way, args.device, args.full)
+    return lambda args: (
+        compare.run(args.op)
+        if args.compare
+        else verify.run(args.op, args.way, args.device, args.full)
+    )
 
 
 def _tune() -> Command:
@@ -123,6 +127,11 @@ def _add_dtype(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def _add_cache_format(parser: argparse.ArgumentParser) -> None:
+    what = "of the latent cache; fp8 takes 57 %% of bfloat16's memory (plain)"
+    parser.add_argument("--cache-format", choices=("plain", "fp8"), default="plain", help=what)
+
+
 def _add_layers(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--layers", metavar="A-B", help=what)
 
@@ -149,6 +158,11 @@ def _add_verify(commands: Any) -> None:
     )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
     parser.add_argument("--full", action="store_true", help="the large cases too: hours on a CPU")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="one row per op: all backends on the cases that all of them take, on the CPU",
+    )
 
 
 def _add_tune(commands: Any) -> None:
@@ -198,12 +212,7 @@ def _add_generate(commands: Any) -> None:
     _add_number(parser, "--seed", "of the sampling (0)", 0)
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
     _add_dtype(parser, "of the float weights")
-    parser.add_argument(
-        "--cache-format",
-        choices=("plain", "fp8"),
-        default="plain",
-        help="of the latent cache; fp8 takes half of bfloat16's memory (plain)",
-    )
+    _add_cache_format(parser)
     _add_layers(parser, "load only these decoder layers, such as 0-3")
 
 
@@ -255,6 +264,7 @@ def _add_plan(commands: Any) -> None:
     _add_number(parser, "--batch", "sequences (1)", 1)
     parser.add_argument("--parallel", metavar="P", help="none, tp8, ep8, tp8ep8 (tp over all)")
     parser.add_argument("--weights", choices=("int4", "bf16"), default="int4", help="(int4)")
+    _add_cache_format(parser)
     parser.add_argument("--config", metavar="FILE", help="a config.json (that of Kimi K2.5)")
     _add_json(parser)
 
@@ -286,6 +296,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_combinations(args: argparse.Namespace) -> None:
     """What one option alone cannot tell; exits with a usage error."""
+    alone = args.command != "verify" or not (args.way or args.full or args.device != "cpu")
+    if not alone and args.compare:
+        args.usage_error("--compare goes with --op alone")
     if args.command != "generate":
         return
     if args.messages is not None and (args.media or args.system is not None):

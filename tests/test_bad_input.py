@@ -99,6 +99,9 @@ BAD_VALUES = [
     ("mla_prefill", "cu_seqlens_q", torch.zeros(0, dtype=torch.int32), "must be [B+1] int32"),
     ("moe_route", "top_k", 17, "1 <= top_k <= min(32, E // n_group * topk_group), got top_k = 17"),
     ("moe_route", "top_k", 0, "got top_k = 0"),
+    ("moe_route_sort", "top_k", 17, "got top_k = 17"),
+    ("moe_route_sort", "expert_range", [3], "expert_range must satisfy"),
+    ("moe_route_sort", "expert_range", [5, 17], "expert_range[1] <= E, got expert_range = [5, 17]"),
     ("moe_select", "top_k", 17, "got top_k = 17"),
     ("moe_select", "n_group", 3, "n_group and E must satisfy E % n_group == 0, got E = 16, n_gr"),
     ("moe_select", "n_group", 0, "n_group must satisfy n_group >= 1"),
@@ -140,10 +143,18 @@ def test_every_rule_has_a_bad_value():
         with pytest.raises(ValueError, match=f"^{op}: ") as caught:
             call(op, _with(op, name, lambda _, v=value: v))
         reached.add(str(caught.value).partition(" must satisfy ")[0])
-    # The router's rules are one text for both of its forms.
-    rules = {f"{op}: {key}" for op in OPS if op != "moe_route" for key in get_op(op).checks.rules}
+    # The router's rules are one text for all of its forms.
+    router = get_op("moe_select").checks.rules
+    assert get_op("moe_route").checks.rules == router
+    assert router.items() <= get_op("moe_route_sort").checks.rules.items()
+    forms = ("moe_route", "moe_route_sort")
+    rules = {
+        f"{op}: {key}"
+        for op in OPS
+        for key in get_op(op).checks.rules
+        if not (op in forms and key in router)
+    }
     assert rules <= reached
-    assert get_op("moe_route").checks.rules == get_op("moe_select").checks.rules
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 
+import model_calls
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from op_calls import Requests
 
 import kimi_ops
 from kimi_ops._target import targeting
@@ -17,8 +18,7 @@ from kimi_ops.testing.oracle import assert_close_to_oracle
 from kimi_ops.testing.runner import emulated, target_of
 from kimi_ops.testing.triton_interpreter import interpreted
 
-GRID = torch.tensor([[1, 4, 6], [2, 2, 4]])
-STEPS = 2
+FOLLOWING = (11, 12)  # ids of the cached steps
 # What the kernels' names begin with. No part of the model has a dense int4 layer, a prompt in one
 # part has nothing to merge, and the router and the experts select and sort for themselves.
 STEMS = (
@@ -45,21 +45,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _logits(model, ids, pixels):
-    """Logits of the last prompt token and of STEPS cached steps, ``[1 + STEPS, vocab]``."""
-    media = model.encode_media(pixels, GRID)
-    cache = model.new_cache(num_pages=8, page_size=7)
-    sequence = cache.add_sequence()
-    step = cache.extend([sequence], [len(ids)])
-    hidden = model.hidden_states(model.embed(ids, media), step, cache)
-    found = [model.language.logits(hidden[-1:])]
-    for token in range(STEPS):
-        x = model.language.embed(torch.tensor([11 + token]))
-        step = cache.extend([sequence], [1])
-        found.append(model.language.logits(model.hidden_states(x, step, cache)))
-    return torch.cat(found)
-
-
 @contextlib.contextmanager
 def _way(arch):
     """Interpreted, or as PTX for an architecture; gives a function that names what was launched."""
@@ -75,36 +60,18 @@ def _way(arch):
 @torch.no_grad()
 def test_model_runs_on_triton_kernels_alone(folder, arch):
     model = KimiK25.from_pretrained(folder)
-    pieces = [torch.arange(5, 14), torch.arange(20, 23)]
-    for _, h, w in GRID.tolist():
-        media = torch.full((h * w // 4,), model.config.media_placeholder_token_id)
-        pieces.insert(-1, media)
-    ids = torch.cat(pieces)
-    patch = model.config.vision_config.patch_size
-    pixels = torch.rand(int(GRID.prod(1).sum()), 3, patch, patch) * 2 - 1
+    ids, pixels = model_calls.prompt(model)
 
-    baseline = _logits(model, ids, pixels)
+    baseline = model_calls.logits(model, ids, pixels, FOLLOWING)
     with _way(arch) as launched, kimi_ops.use_backend("triton"):
-        actual = _logits(model, ids, pixels)
+        actual = model_calls.logits(model, ids, pixels, FOLLOWING)
     # In float32 the model's error is a thousandth of bfloat16's: exact enough to measure that.
-    oracle = _logits(KimiK25.from_pretrained(folder, dtype=torch.float32), ids, pixels).double()
+    exact = KimiK25.from_pretrained(folder, dtype=torch.float32)
+    oracle = model_calls.logits(exact, ids, pixels, FOLLOWING).double()
     assert baseline.std() > 0.1  # weights that make a difference
     assert_close_to_oracle("logits", actual, baseline, oracle)
     found = launched()
     assert all(any(name.startswith(stem) for name in found) for stem in STEMS), found
-
-
-class _Recorder(TorchDispatchMode):
-    """Names of the operators that torch is asked for, views and allocations left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view and "empty" not in str(function):
-            self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("tokens", "value"), [(9, "mla_project_value"), (70, "mla_decode_value")])
@@ -121,7 +88,7 @@ def test_a_moe_layer_at_decode_is_eleven_kernels_and_three_matrix_products(tmp_p
         model.embed(torch.arange(tokens)), cache.extend([sequence], [tokens]), cache
     )
 
-    x, recorder = model.language.embed(torch.tensor([11])), _Recorder()
+    x, recorder = model.language.embed(torch.tensor([11])), Requests()
     step = cache.extend([sequence], [1])
     with targeting(target_of(80)), interpreted(seed=3) as report, kimi_ops.use_backend("triton"):
         model.hidden_states(x, step, cache)
@@ -132,7 +99,8 @@ def test_a_moe_layer_at_decode_is_eleven_kernels_and_three_matrix_products(tmp_p
     assert len(routed) == layers - 1
     assert routed[1] - routed[0] == 11, kernels  # from router to router
     assert sum(name.startswith(value) for name in kernels) == layers, kernels
-    others = [name for name in recorder.names if not name.startswith("kimi_ops.")]
+    asked = [str(function) for function in recorder.made]
+    others = [n for n in asked if not n.startswith("kimi_ops.") and "empty" not in n]
     assert set(others) == {"aten.mm.default"}  # nothing copies, casts, concatenates or fills
     dense = 2  # the first layer's gate and up in one, and down
     assert len(others) == 3 * layers + dense

@@ -83,6 +83,11 @@ PLANTED = [
     ("moe_route", "bfloat16 gate", "wide @ gate_weight.to(wide.dtype).T",
      "(x.bfloat16() @ gate_weight.bfloat16().T).to(wide.dtype)"),
     ("moe_route", "bias forgotten", "moe_select(logits, bias,", "moe_select(logits, 0 * bias,"),
+    ("moe_route_sort", "tables of another batch", "moe_sort(routed[1],",
+     "moe_sort(routed[1].flip(0),"),
+    ("moe_route_sort", "expert range ignored", "len(gate_weight), expert_range)",
+     "len(gate_weight), None if expert_range is None else"
+     " (0, expert_range[1] - expert_range[0]))"),
     ("moe_sort", "not stable", "local.sort(stable=True)", "local.flip(0).sort(stable=True)"),
     ("moe_sort", "offsets off by one", "torch.searchsorted(by_expert, experts)",
      "torch.searchsorted(by_expert, experts, right=True)"),

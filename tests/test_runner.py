@@ -109,10 +109,11 @@ def test_workspaces_hold_nothing_until_a_launch_has_written_them():
             copy_kernel[(1,)](x, workspace, 32, BLOCK=64)
             with pytest.raises(Uninitialised, match=r"argument 0 \+ 128, never written"):
                 copy_kernel[(1,)](workspace, y, 64, BLOCK=64)
-    with emulated():  # torch has written it
-        workspace = torch.empty(64).copy_(x)
-        copy_kernel[(1,)](workspace, y, 64, BLOCK=64)
-        copy_kernel[(1,)](torch.zeros(64), y, 64, BLOCK=64)
+    for inference in (False, True):
+        with torch.inference_mode(inference), emulated():  # torch has written it
+            workspace = torch.empty(64).copy_(x)
+            copy_kernel[(1,)](workspace, y, 64, BLOCK=64)
+            copy_kernel[(1,)](torch.zeros(64), y, 64, BLOCK=64)
 
 
 def test_outputs_must_be_written_whole():

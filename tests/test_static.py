@@ -42,6 +42,7 @@ from kimi_ops.testing.static import (
     assert_wide_loads,
     command,
     compile_cuda,
+    compile_ptx,
     compile_triton,
     cuda_source,
     occupancy,
@@ -826,6 +827,12 @@ def test_indirect_jumps_with_unknown_targets_are_noted():
     )
     with pytest.raises(AssertionError, match=r"\d indirect jumps with unknown targets"):
         assert_no_notes(changed)
+
+
+def test_ptx_alone_is_that_of_the_binary():
+    ptx, names = compile_ptx(CUDA_SOURCE, 80, names=["add"])
+    assert ptx == compile_cuda(CUDA_SOURCE, 80, names=["add"]).ptx
+    assert names == {"add": "add"}
 
 
 # Occupancy, against NVIDIA's own calculator.

@@ -1,4 +1,5 @@
-// CUDA C++ kernels of kimi_ops.moe_route: gate product and selection, one launch up to 64 tokens.
+// CUDA C++ kernels of kimi_ops.moe_route and moe_route_sort: gate product and selection, and the
+// tables of what was selected, one launch up to 64 tokens.
 //
 //   logits = float32(x) @ float32(gate)^T;  ids and weights of them as select.cuh has it
 //
@@ -10,7 +11,8 @@
 //              or all of D above, so that about 96 blocks run at once; a warp a token
 //              tokens 0-7:    | D 0: e 0-15, 16-31, .. | D 1: e 0-15, .. | ..   24 tiles x parts
 //              tokens 8-15:   | ..                       the last one of each: a warp a token adds
-//                                                        the parts in their order, selects
+//                                                        the parts in their order, selects; the
+//                                                        last of those sorts (moe_route_sort.cuh)
 //   T > 64     tiles of 128 experts and 64 tokens, 1 to 8 parts, then moe_select.cu in a second
 //              launch; more than 384 experts go this way at every T, in batch-invariant mode every
 //              call, with 8 parts
@@ -30,34 +32,34 @@
 #include "moe_route_any.cuh"
 #include "moe_route_few.cuh"
 #include "moe_route_many.cuh"
+#include "moe_route_sort.cuh"
 #include "select.cuh"
 
 extern __shared__ uint4 dynamic_smem[];
 
+// Of a launch's counters: one for each group of tokens, of which there are at most 4, and this one.
+constexpr int GROUPS_DONE = 7;
+
 template <class T, int TILES>
 __device__ __forceinline__ void route_few(Selection selection, const Operands<T>& from,
-                                          float* logits_gmem, int tokens, int* counters_gmem) {
+                                          float* logits_gmem, int tokens, int* counters_gmem,
+                                          const SortTables& tables) {
   constexpr int TOKENS = 8 * TILES, THREADS = FEW_WARPS<TILES> * WARP;
-  constexpr int BIASES = (FEW_EXPERTS + THREADS - 1) / THREADS;
   __shared__ alignas(16) float bias_smem[FEW_EXPERTS];
   const int experts = selection.experts;
   const int tiles = (experts + FEW_EXPERTS_OF_BLOCK - 1) / FEW_EXPERTS_OF_BLOCK;
   const int tile = blockIdx.x % tiles, part = blockIdx.x / tiles % from.parts;
   const int group = blockIdx.x / (tiles * from.parts);
   // Whoever selects then has the bias; its way from memory is hidden behind the gate's.
-  float bias[BIASES] = {};
 #pragma unroll
-  for (int i = 0; i < BIASES; ++i) {
-    const int e = threadIdx.x + i * THREADS;
-    if (e < experts) bias[i] = selection.bias_gmem[e * selection.stride_bias];
+  for (int e = threadIdx.x; e < FEW_EXPERTS; e += THREADS) {
+    copy_async_4(bias_smem + e, selection.bias_gmem + min(e, experts - 1) * selection.stride_bias,
+                 e < experts);
   }
+  copy_async_commit();
   multiply_few<T, TILES>(from, tile * FEW_EXPERTS_OF_BLOCK, group * TOKENS, part, experts, tokens,
                          logits_gmem + part * selection.stride_s, selection.stride_t);
-#pragma unroll
-  for (int i = 0; i < BIASES; ++i) {
-    const int e = threadIdx.x + i * THREADS;
-    if (e < FEW_EXPERTS) bias_smem[e] = bias[i];
-  }
+  copy_async_wait<0>();
   if (!is_last(counters_gmem + group, tiles * from.parts)) return;
   selection.bias_gmem = bias_smem;
   selection.stride_bias = 1;
@@ -67,15 +69,21 @@ __device__ __forceinline__ void route_few(Selection selection, const Operands<T>
       reinterpret_cast<float*>(dynamic_smem) + warp * (experts + selection.n_group);  // with groups
   const int t = group * TOKENS + warp;
   if (t < tokens) select_row<12, 4 / TILES>(selection, t, scratch_smem);
+  if (tables.order_gmem == nullptr) return;
+  const int groups = (tokens + TOKENS - 1) / TOKENS;
+  if (groups > 1 && !is_last(counters_gmem + GROUPS_DONE, groups)) return;
+  sort_pairs<THREADS>(tables, selection.ids_gmem, tokens * selection.top_k);
 }
 
 #define FEW(T, TILES, NAME)                                                                        \
   extern "C" __global__ void __launch_bounds__(FEW_WARPS<TILES>* WARP, 1)                          \
       moe_route_few_kernel_##NAME##_##TILES(SELECTION, const T* x_gmem, const T* gate_gmem,        \
                                             int64 stride_x_t, int64 stride_gate_e, int columns,    \
-                                            int* counters_gmem) {                                  \
+                                            int* counters_gmem, int* order_gmem,                   \
+                                            int* offsets_gmem, int first, int local) {             \
     route_few<T, TILES>(SELECTED, {x_gmem, gate_gmem, stride_x_t, stride_gate_e, columns, splits}, \
-                        logits_gmem, tokens, counters_gmem);                                       \
+                        logits_gmem, tokens, counters_gmem,                                        \
+                        {order_gmem, offsets_gmem, first, local});                                 \
   }
 FEW(bf16, 1, bf16)
 FEW(bf16, 2, bf16)

@@ -118,6 +118,14 @@ __device__ __forceinline__ void copy_async_16(void* to_smem, const void* from_gm
                : "memory");
 }
 
+// The same of 4 bytes, at addresses that are multiples of 4, through L1.
+__device__ __forceinline__ void copy_async_4(void* to_smem, const void* from_gmem, bool present) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to_smem))),
+               "l"(__cvta_generic_to_global(from_gmem)), "r"(present ? 4 : 0)
+               : "memory");
+}
+
 // "Data Movement and Conversion Instructions: cp.async.commit_group".
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");

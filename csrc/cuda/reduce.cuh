@@ -14,6 +14,15 @@ __device__ __forceinline__ Sum warp_sum(Sum value) {
   return value;
 }
 
+// Every lane gets the largest.
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, lanes));
+  }
+  return value;
+}
+
 // Sum over the WARPS warps of a block's x direction; every thread gets it. `partial_smem` holds
 // WARPS values, and nothing else may write it before the next __syncthreads() after the call.
 template <int WARPS, class Sum>

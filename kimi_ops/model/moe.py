@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,17 +70,15 @@ class MixtureOfExperts(Parameters):
     def forward(self, x: Tensor) -> Tensor:
         """``[T, D]`` to ``[T, D]``."""
         config = self.config
-        weights, ids = kimi_ops.moe_route(
-            x,
-            self.gate,
-            self.bias,
-            config.num_experts_per_tok,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            scale=config.routed_scaling_factor,
-            normalize=config.norm_topk_prob,
-        )
+        router = x, self.gate, self.bias, config.num_experts_per_tok
+        options: dict[str, Any] = {
+            "n_group": config.n_group,
+            "topk_group": config.topk_group,
+            "scale": config.routed_scaling_factor,
+            "normalize": config.norm_topk_prob,
+        }
         if self.quantized:
+            weights, ids = kimi_ops.moe_route(*router, **options)
             return kimi_ops.moe_experts_int4(
                 x,
                 self.gate_up_packed,
@@ -91,21 +90,21 @@ class MixtureOfExperts(Parameters):
                 shared_gate_up=self.shared_gate_up,
                 shared_down=self.shared_down,
             )
-        return self._unquantized(x, weights, ids)
+        weights, _, order, offsets = kimi_ops.moe_route_sort(*router, **options)
+        return self._unquantized(x, weights, order, offsets)
 
-    def _unquantized(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    def _unquantized(self, x: Tensor, weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
         """The same with torch's own matrix products, expert by expert, summed in float32.
 
         Reads the number of tokens of each expert on the host.
         """
-        order, offsets = kimi_ops.moe_sort(ids, len(self.gate))
         shared = kimi_ops.silu_mul(F.linear(x, self.shared_gate_up))
         total = F.linear(shared, self.shared_down).to(weights.dtype)
         starts = offsets.tolist()
         for expert, (start, stop) in enumerate(itertools.pairwise(starts)):
             if start < stop:
                 pairs = order[start:stop].long()
-                tokens = pairs // ids.shape[1]
+                tokens = pairs // weights.shape[1]
                 inner = kimi_ops.silu_mul(F.linear(x[tokens], self.gate_up[expert]))
                 y = F.linear(inner, self.down[expert])
                 # A token chooses an expert at most once, so no row is added to twice here.

@@ -13,6 +13,7 @@ from kimi_ops.ops.mla_prefill import mla_prefill
 from kimi_ops.ops.mla_project_value import mla_project_value
 from kimi_ops.ops.moe_experts_int4 import moe_experts_int4
 from kimi_ops.ops.moe_route import moe_route
+from kimi_ops.ops.moe_route_sort import moe_route_sort
 from kimi_ops.ops.moe_select import moe_select
 from kimi_ops.ops.moe_sort import moe_sort
 from kimi_ops.ops.patch_merge import patch_merge
@@ -34,6 +35,7 @@ __all__ = [
     "mla_project_value",
     "moe_experts_int4",
     "moe_route",
+    "moe_route_sort",
     "moe_select",
     "moe_sort",
     "patch_merge",

@@ -16,7 +16,7 @@ import torch
 
 from kimi_ops.testing.ptx import Checks, Kernel, Report
 from kimi_ops.testing.ptx.written import Written
-from kimi_ops.testing.static.cuda_source import compile_cuda
+from kimi_ops.testing.static.cuda_source import compile_ptx
 
 Argument = torch.Tensor | int | float | bytes | None
 # Of a source, by the name of a kernel: the PTX that holds it, and its name there.
@@ -71,12 +71,12 @@ def compile_kernel(
     )
     known = _COMPILED.setdefault(key, {})
     if name not in known:
-        binary = compile_cuda(
+        ptx, names = compile_ptx(
             source, arch, names=[name], defines=defines, options=options, include=include
         )
         # All extern "C" kernels of the source are in it, whichever was asked for.
-        known.update({n: (binary.ptx, n) for n in re.findall(r"\.entry (\w+)", binary.ptx)})
-        known[name] = binary.ptx, binary.names[name]
+        known.update({n: (ptx, n) for n in re.findall(r"\.entry (\w+)", ptx)})
+        known[name] = ptx, names[name]
     return parsed(*known[name])
 
 

@@ -300,7 +300,9 @@ def _workspaces(written: Written) -> Iterator[None]:
 
     def declaring(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocated(*args: Any, **named: Any) -> torch.Tensor:
-            tensor = allocate(*args, **named)
+            # An inference tensor has no version by which to see what torch itself writes to it.
+            with torch.inference_mode(False):
+                tensor = allocate(*args, **named)
             written.declare(tensor)
             return tensor
 

@@ -90,6 +90,17 @@ def moe_route_special(generator: torch.Generator, special: str) -> tuple[Any, ..
     return x, gate, bias, 6, 1, 1, _SCALE, True
 
 
+def moe_route_sort(
+    generator: torch.Generator,
+    special: str = "",
+    expert_range: tuple[int, int] | None = None,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """The arguments of a `moe_route` case, and the local experts."""
+    args = moe_route_special(generator, special) if special else moe_route(generator, **options)
+    return *args, None if expert_range is None else list(expert_range)
+
+
 def moe_select(generator: torch.Generator, special: str = "", **options: Any) -> tuple[Any, ...]:
     """The logits of a `moe_route` case."""
     if special:
@@ -193,6 +204,28 @@ for _special in _SPECIALS:
     add("moe_select", _special, moe_select, special=_special)
 for _special in ("no-columns", "no-columns-2"):
     add("moe_route", _special, moe_route_special, special=_special)
+
+# The router has the hostile rows; these are the sizes and ranges that the tables depend on.
+_RS = moe_route_sort
+for _dtype, _name in DTYPE_NAMES.items():
+    add("moe_route_sort", f"{_name}-9x64", _RS, tokens=9, d=256, experts=64, top_k=8, dtype=_dtype,
+        full=_name != "bf16")  # fmt: skip
+for _special in ("ties", "nan-rows"):
+    add("moe_route_sort", _special, _RS, special=_special, expert_range=(5, 30))
+add("moe_route_sort", "bf16-kimi-1", _RS, tokens=1, **_KIMI, full=True)
+add("moe_route_sort", "bf16-none", _RS, tokens=0, d=64, experts=16, top_k=2)
+add("moe_route_sort", "bf16-one-expert", _RS, tokens=5, d=64, experts=1, top_k=1, full=True)
+add("moe_route_sort", "bf16-4", _RS, tokens=4, d=96, experts=144, top_k=6, expert_range=(100, 144))
+add("moe_route_sort", "bf16-16", _RS, tokens=16, d=64, experts=384, top_k=8, expert_range=(0, 48),
+    full=True)  # fmt: skip
+add("moe_route_sort", "bf16-64", _RS, tokens=64, d=64, experts=384, top_k=8)
+add("moe_route_sort", "bf16-65", _RS, tokens=65, d=64, experts=48, top_k=6)
+add("moe_route_sort", "bf16-64-32", _RS, tokens=64, d=64, experts=96, top_k=32, groups=(4, 3),
+    full=True)  # fmt: skip
+add("moe_route_sort", "bf16-1024", _RS, tokens=3, d=128, experts=1024, top_k=32, groups=(2, 1),
+    expert_range=(1000, 1024), full=True)  # fmt: skip
+add("moe_route_sort", "bf16-empty-range", _RS, tokens=9, d=64, experts=48, top_k=6,
+    expert_range=(7, 7), full=True)  # fmt: skip
 
 for _routing in ("uniform", "skewed", "one-expert", "foreign"):
     add("moe_sort", _routing, moe_sort, tokens=65, experts=48, top_k=6, routing=_routing)

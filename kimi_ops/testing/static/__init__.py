@@ -13,6 +13,7 @@ from kimi_ops.testing.static.cuda_source import (
     CudaCompileError,
     Diagnostic,
     compile_cuda,
+    compile_ptx,
     report_cuda,
 )
 from kimi_ops.testing.static.disassembly import DisassemblyError
@@ -69,6 +70,7 @@ __all__ = [
     "assert_wide_loads",
     "compile_case",
     "compile_cuda",
+    "compile_ptx",
     "compile_triton",
     "device",
     "occupancy",
