@@ -10,8 +10,6 @@ from kimi_ops.cuda._launcher import SOURCES
 from kimi_ops.testing.static.cuda_source import compile_cuda
 
 _ORDINARY = "sm_90a"
-# A value kept across the loop, where registers are capped for two blocks an SM.
-_STACK_BYTES = {("moe_experts_int4_gate_up_kernel_fp16", "sm_90a"): 8}
 
 
 @pytest.mark.parametrize(
@@ -27,8 +25,7 @@ def test_no_kernel_leaves_its_registers(stem, arch):
     assert kernels
     for name, used in kernels.items():
         assert name.startswith(f"{stem}_"), f"{name} is not named after its file"
-        allowed = _STACK_BYTES.get((name, arch), 0)
-        assert used.stack_bytes == allowed, name
-        assert max(used.spill_store_bytes, used.spill_load_bytes) <= allowed, name
+        assert used.stack_bytes == 0, name
+        assert max(used.spill_store_bytes, used.spill_load_bytes) == 0, name
         assert used.registers <= 255
         assert not used.warnings, used.warnings

@@ -1,8 +1,8 @@
 // The product of int4 weights and a few tokens: two forms, and how a block's warps share the work.
 //
-// A block of eight warps has 8 / split tiles of 16 rows, and the columns of K dealt out to `split`
-// warps a tile. Lane 4 g + q has rows g and g + 8 of the tile (its two sides), and of every tile of
-// four groups one group:
+// A block has four tiles of 16 rows, and the columns of K dealt out to `split` warps a tile. Lane 4
+// g + q has rows g and g + 8 of the tile (its two sides), and of every tile of four groups one
+// group:
 //
 //   K     | chunk of 16 groups: tiles 0 1 2 3      | chunk | .. | the rest: tiles of 4 groups |
 //   tile  lanes 0, 1: groups 2 i, 2 i + 1          lanes 2, 3: groups 8 + 2 i, 9 + 2 i
@@ -10,24 +10,33 @@
 // so that two lanes read a whole sector of codes, and a lane's scales of a chunk are 16 bytes.
 //
 //   separated   1 or 2 tokens. A column of B is a (token, lane of the quad) pair, zero in the other
-//               lanes, so that an accumulator holds one group of one token. Scales, in float32,
-//               meet the accumulators, after minus the bias: once for 32 weights.
-//   blocked     up to 8 NT tokens, a column of B each. Weights are rounded to T with their scale,
-//               as the reference does, before they meet x.
+//               lanes, so that an accumulator holds one group of one token. x is lifted; what that
+//               and the codes' bias ask for, and the scales, in float32, meet the accumulators:
+//               once for 32 weights.
+//   blocked     up to 8 tokens, a column of B each. Weights are rounded to T with their scale, as
+//               the reference does, before they meet x.
 //
 // The codes of a chunk are in flight while those before it are multiplied, each register loaded
 // again as soon as it is used; nothing passes through shared memory but a block's sums at the end.
 #pragma once
 #include "int4.cuh"
 
-constexpr int WARPS = 8;
+constexpr int BLOCK_TILES = 4;
 constexpr int TILE_ROWS = 16;
+constexpr int MAX_SPLIT = 4;
+constexpr int MAX_THREADS = BLOCK_TILES * MAX_SPLIT * WARP;
 constexpr int SIDES = 2;        // rows that a lane has
 constexpr int MAX_TOKENS = 16;  // of a block
 
 // Sums of a block's warps: [warp][row of its tile][token]; an odd number of tokens apart, as lanes
-// of 8 rows write at once.
-using Sums = float[WARPS][TILE_ROWS][MAX_TOKENS + 1];
+// of 8 rows write at once. They are all of a block's dynamic shared memory.
+using WarpSums = float[TILE_ROWS][MAX_TOKENS + 1];
+using Sums = WarpSums*;
+
+__device__ __forceinline__ Sums block_sums() {
+  extern __shared__ __align__(16) unsigned char sums_smem[];
+  return reinterpret_cast<Sums>(sums_smem);
+}
 
 // Rows of W that a lane has; those past the end repeat the last one, and nobody stores their sums.
 struct LaneRows {
@@ -86,67 +95,71 @@ __device__ __forceinline__ int chunk_group(int q) { return q / 2 * (CHUNK / 2) +
 template <class T>
 struct Separated {
   float sums[4] = {};       // as the accumulator lies
-  const T* x_gmem;          // in the current chunk, of this lane's column of B; or zeros
+  const fp16* x_gmem;       // lifted, in the current chunk, of this lane's column of B; or zeros
   const float* start_gmem;  // in the current chunk, of its columns of the accumulator
   int x_chunk;              // elements from chunk to chunk; 0 for zeros
 
   // Row g of B belongs to token g / 4, and is its own column in lane g % 4 of the quad.
-  __device__ __forceinline__ Separated(const T* x_row_gmem, const float* start_row_gmem,
-                                       const T* zeros_gmem, bool own, int chunk) {
+  __device__ __forceinline__ Separated(const fp16* x_row_gmem, const float* start_row_gmem,
+                                       const fp16* zeros_gmem, bool own, int chunk) {
     const int q = lane_of_quad();
     x_chunk = own ? CHUNK * GROUP : 0;
     x_gmem = own ? x_row_gmem + group_offset(chunk * CHUNK + chunk_group(q)) : zeros_gmem;
-    start_gmem = start_row_gmem + chunk * CHUNK + scale_group(q);
+    start_gmem = start_row_gmem + 2 * (chunk * CHUNK + scale_group(q));
   }
 
   // First group of a chunk whose scale this lane wants, of every tile two.
   static __device__ __forceinline__ int scale_group(int q) { return q % 2 * (CHUNK / 2); }
 
-  __device__ __forceinline__ void tile(const LaneCodes& codes, const T* x, float2 start,
-                                       const float (&scale)[SIDES][2], Shifts shifts) {
+  // `start`: start and factor of this lane's two groups.
+  __device__ __forceinline__ void tile(const LaneCodes& codes, const fp16* x, float4 start,
+                                       const float (&scale)[SIDES][2], Shift shift) {
     float acc[4] = {};
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
       const uint4 b = load_words(x + w * 2 * PIECE);
       unsigned r[4], s[4];
-      unpack<T>(r, word_of(codes[0], w), shifts);
-      unpack<T>(s, word_of(codes[1], w), shifts);
-      Codes<T>::mma(acc, acc, r[0], s[0], r[1], s[1], b.x, b.y);
-      Codes<T>::mma(acc, acc, r[2], s[2], r[3], s[3], b.z, b.w);
+      unpack_for_lifted(r, word_of(codes[0], w), shift);
+      unpack_for_lifted(s, word_of(codes[1], w), shift);
+      Codes<fp16>::mma(acc, acc, r[0], s[0], r[1], s[1], b.x, b.y);
+      Codes<fp16>::mma(acc, acc, r[2], s[2], r[3], s[3], b.z, b.w);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[i] += (acc[i] + (i % 2 == 0 ? start.x : start.y)) * scale[i / 2][i % 2];
+    for (int side = 0; side < SIDES; ++side) {
+      sums[2 * side] += fmaf(acc[2 * side], start.y, start.x) * scale[side][0];
+      sums[2 * side + 1] += fmaf(acc[2 * side + 1], start.w, start.z) * scale[side][1];
     }
   }
 
   __device__ __forceinline__ void chunk_tile(const LaneCodes& codes, int i, const LaneCodes& scales,
-                                             Shifts shifts) {
+                                             Shift shift) {
     float scale[SIDES][2];
 #pragma unroll
     for (int side = 0; side < SIDES; ++side) {
       scale[side][0] = half_of(word_of(scales[side], i), 0, T{});
       scale[side][1] = half_of(word_of(scales[side], i), 1, T{});
     }
-    const float2 start = *reinterpret_cast<const float2*>(start_gmem + 2 * i);
-    tile(codes, x_gmem + i * PAIR, start, scale, shifts);
+    const float4 start = *reinterpret_cast<const float4*>(start_gmem + 4 * i);
+    tile(codes, x_gmem + i * PAIR, start, scale, shift);
   }
 
   __device__ __forceinline__ void advance(int chunks) {
     x_gmem += chunks * x_chunk;
-    start_gmem += chunks * CHUNK;
+    start_gmem += chunks * (2 * CHUNK);
   }
 
   // Four groups from `group` on, as far as there are `left`; the current chunk is the first.
   template <class Scale>
   __device__ __forceinline__ void last_tile(const LaneCodes& codes, int group, int left,
-                                            const T* zeros_gmem, Scale scale_of, Shifts shifts) {
+                                            const fp16* zeros_gmem, Scale scale_of, Shift shift) {
     const int q = lane_of_quad(), pair = q % 2 * 2;
-    float scale[SIDES][2], start[2];
+    float scale[SIDES][2];
+    float2 start[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const bool inside = pair + e < left;
-      start[e] = inside ? start_gmem[group + pair + e - scale_group(q)] : 0.0f;
+      const float* from_gmem = start_gmem + 2 * (group + pair + e - scale_group(q));
+      start[e] = inside ? *reinterpret_cast<const float2*>(from_gmem) : float2{0.0f, 0.0f};
 #pragma unroll
       for (int side = 0; side < SIDES; ++side) {
         scale[side][e] = inside ? scale_of(side, group + pair + e) : 0.0f;
@@ -154,10 +167,11 @@ struct Separated {
     }
     const bool own = x_chunk != 0 && q < left;
     const int64 at = group_offset(group + q) - group_offset(chunk_group(q));
-    tile(codes, own ? x_gmem + at : zeros_gmem, {start[0], start[1]}, scale, shifts);
+    tile(codes, own ? x_gmem + at : zeros_gmem, {start[0].x, start[0].y, start[1].x, start[1].y},
+         scale, shift);
   }
 
-  __device__ __forceinline__ void store(Sums& sums_smem) const {
+  __device__ __forceinline__ void store(Sums sums_smem) const {
     const int thread = thread_anew(), q = thread % QUAD, g = thread % WARP / QUAD;
 #pragma unroll
     for (int side = 0; side < SIDES; ++side) {
@@ -170,7 +184,7 @@ struct Separated {
 
 // What accumulators with a token a column leave.
 template <int NT>
-__device__ __forceinline__ void store_sums(Sums& sums_smem, const float (&sums)[NT][4]) {
+__device__ __forceinline__ void store_sums(Sums sums_smem, const float (&sums)[NT][4]) {
   const int thread = thread_anew(), q = thread % QUAD, g = thread % WARP / QUAD;
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -182,67 +196,61 @@ __device__ __forceinline__ void store_sums(Sums& sums_smem, const float (&sums)[
 }
 
 // The blocked form.
-template <class T, int NT>
+template <class T>
 struct Blocked {
-  float sums[NT][4] = {};
-  const T* x_gmem[NT];  // in the current chunk, of the tokens of this lane's columns of B
+  float sums[1][4] = {};
+  const T* x_gmem;  // in the current chunk, of the token of this lane's column of B
 
   static __device__ __forceinline__ int scale_group(int q) { return q / 2 * (CHUNK / 2); }
 
   __device__ __forceinline__ void tile(const LaneCodes& codes, int64 x_offset, bool inside,
-                                       const unsigned (&scale)[SIDES], Shifts shifts) {
+                                       const PairScales<T> (&scale)[SIDES], Shift shift) {
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
       unsigned r[4], s[4];
-      unpack_scaled<T>(r, word_of(codes[0], w), shifts, scale[0]);
-      unpack_scaled<T>(s, word_of(codes[1], w), shifts, scale[1]);
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        uint4 b = {0, 0, 0, 0};
-        if (inside) b = load_words(x_gmem[n] + x_offset + w * 2 * PIECE);
-        Codes<T>::mma(sums[n], sums[n], r[0], s[0], r[1], s[1], b.x, b.y);
-        Codes<T>::mma(sums[n], sums[n], r[2], s[2], r[3], s[3], b.z, b.w);
-      }
+      unpack_scaled<T>(r, word_of(codes[0], w), shift, scale[0]);
+      unpack_scaled<T>(s, word_of(codes[1], w), shift, scale[1]);
+      uint4 b = {0, 0, 0, 0};
+      if (inside) b = load_words(x_gmem + x_offset + w * 2 * PIECE);
+      Codes<T>::mma(sums[0], sums[0], r[0], s[0], r[1], s[1], b.x, b.y);
+      Codes<T>::mma(sums[0], sums[0], r[2], s[2], r[3], s[3], b.z, b.w);
     }
   }
 
   __device__ __forceinline__ void chunk_tile(const LaneCodes& codes, int i, const LaneCodes& scales,
-                                             Shifts shifts) {
+                                             Shift shift) {
     const unsigned half = lane_of_quad() % 2 == 0 ? 0x1010 : 0x3232;
-    unsigned scale[SIDES];
+    PairScales<T> scale[SIDES];
 #pragma unroll
     for (int side = 0; side < SIDES; ++side) {
-      scale[side] = __byte_perm(word_of(scales[side], i), 0, half);
+      scale[side] = PairScales<T>(__byte_perm(word_of(scales[side], i), 0, half));
     }
-    tile(codes, i * PAIR, true, scale, shifts);
+    tile(codes, i * PAIR, true, scale, shift);
   }
 
-  __device__ __forceinline__ void advance(int chunks) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n) x_gmem[n] += chunks * (CHUNK * GROUP);
-  }
+  __device__ __forceinline__ void advance(int chunks) { x_gmem += chunks * (CHUNK * GROUP); }
 
   template <class Scale>
-  __device__ __forceinline__ void last_tile(const LaneCodes& codes, int group, int left, const T*,
-                                            Scale scale_of, Shifts shifts) {
+  __device__ __forceinline__ void last_tile(const LaneCodes& codes, int group, int left,
+                                            const fp16*, Scale scale_of, Shift shift) {
     const int q = lane_of_quad();
-    unsigned scale[SIDES];
+    PairScales<T> scale[SIDES];
 #pragma unroll
     for (int side = 0; side < SIDES; ++side) {
       const float s = q < left ? scale_of(side, group + q) : 0.0f;
-      scale[side] = from_float<T>(s).bits * 0x10001u;
+      scale[side] = PairScales<T>(from_float<T>(s).bits * 0x10001u);
     }
     const int64 at = group_offset(group + q) - group_offset(chunk_group(q));
-    tile(codes, at, q < left, scale, shifts);
+    tile(codes, at, q < left, scale, shift);
   }
 
-  __device__ __forceinline__ void store(Sums& sums_smem) const { store_sums(sums_smem, sums); }
+  __device__ __forceinline__ void store(Sums sums_smem) const { store_sums(sums_smem, sums); }
 };
 
 // Part `part` of `split` of the columns of W, through `form`.
-template <class T, class Form>
+template <class Form>
 __device__ __forceinline__ void multiply(Form& form, const Int4Weights& w, const LaneRows& rows,
-                                         const T* zeros_gmem, int part, int split, Shifts shifts) {
+                                         const fp16* zeros_gmem, int part, int split, Shift shift) {
   const int q = lane_of_quad();
   // Of the current chunk: this lane's groups of codes, and its scales.
   const uint4* codes_gmem[SIDES];
@@ -275,7 +283,7 @@ __device__ __forceinline__ void multiply(Form& form, const Int4Weights& w, const
     }
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-      form.chunk_tile(codes[i], i, scales, shifts);
+      form.chunk_tile(codes[i], i, scales, shift);
 #pragma unroll
       for (int side = 0; side < SIDES; ++side) {
         load_once_if(codes[i][side], codes_gmem[side] + 2 * i, more);
@@ -304,80 +312,73 @@ __device__ __forceinline__ void multiply(Form& form, const Int4Weights& w, const
     auto scale_of = [&](int side, int at) {
       return load_scale(scale_gmem[side], at, w.scale_kind);
     };
-    form.last_tile(last, group, w.groups - group, zeros_gmem, scale_of, shifts);
+    form.last_tile(last, group, w.groups - group, zeros_gmem, scale_of, shift);
   }
 }
 
 // The slots of a block, in shared memory: read again after the product, they need no registers.
 struct Slots {
   int count;
-  int first_row, rows;  // of the weights
   int at[MAX_TOKENS];   // past the last one it again
+  int row[MAX_TOKENS];  // of x
 
   // Every thread of the block calls it. Without `slots_gmem` they are first, first + 1, ..
-  __device__ __forceinline__ void set(const int* slots_gmem, int first, int size, int row_of_w,
-                                      int rows_of_w) {
+  __device__ __forceinline__ void set(const int* slots_gmem, int first, int size,
+                                      int slots_per_row) {
     const int i = min(static_cast<int>(threadIdx.x), size - 1);
-    if (threadIdx.x == 0) {
-      count = size;
-      first_row = row_of_w;
-      rows = rows_of_w;
+    if (threadIdx.x == 0) count = size;
+    if (threadIdx.x < MAX_TOKENS) {
+      const int slot = slots_gmem ? slots_gmem[i] : first + i;
+      at[threadIdx.x] = slot;
+      row[threadIdx.x] = slot / slots_per_row;
     }
-    if (threadIdx.x < MAX_TOKENS) at[threadIdx.x] = slots_gmem ? slots_gmem[i] : first + i;
     __syncthreads();
   }
 };
 
-// x of all slots, rearranged: `slots_per_row` slots of a row.
+// x of all slots, rearranged and lifted.
 template <class T>
 struct Rearranged {
   const T* x_gmem;          // [rows, rearranged_columns]
+  const fp16* lifted_gmem;  // the same
   const float* start_gmem;  // [rows, start_columns]
-  const T* zeros_gmem;      // [ZEROS]
-  int slots_per_row;
+  const fp16* zeros_gmem;   // [ZEROS]
 };
 
 // Sums of a block over its warps' parts of K, into `sums_smem`. With `few` slots or less of them
 // the form is the separated one.
 template <class T>
-__device__ __forceinline__ void product(Sums& sums_smem, const Int4Weights& w, const LaneRows& rows,
+__device__ __forceinline__ void product(Sums sums_smem, const Int4Weights& w, const LaneRows& rows,
                                         const Rearranged<T>& x, const Slots& slots_smem, int few,
                                         int split, unsigned shift_factor) {
   const int part = threadIdx.x / WARP & (split - 1);
   const int q = lane_of_quad(), g = lane_row();
-  const Shifts shifts(shift_factor);
+  const Shift shift{shift_factor};
   const int count = slots_smem.count;
-  auto row = [&](int i) { return static_cast<int64>(slots_smem.at[i] / x.slots_per_row); };
+  auto row = [&](int i) { return static_cast<int64>(slots_smem.row[i]); };
   auto row_gmem = [&](int i) { return x.x_gmem + row(i) * rearranged_columns(w.groups); };
   if (count <= few) {
     const bool own = g % QUAD == q && g / QUAD < count;
-    Separated<T> form(row_gmem(g / QUAD), x.start_gmem + row(q / 2) * start_columns(w.groups),
-                      x.zeros_gmem, own, part);
-    multiply(form, w, rows, x.zeros_gmem, part, split, shifts);
+    Separated<T> form(x.lifted_gmem + row(g / QUAD) * rearranged_columns(w.groups),
+                      x.start_gmem + row(q / 2) * start_columns(w.groups), x.zeros_gmem, own, part);
+    multiply(form, w, rows, x.zeros_gmem, part, split, shift);
     form.store(sums_smem);
   } else {
-    const int64 at = group_offset(part * CHUNK + chunk_group(q));
-    if (count <= 8) {
-      Blocked<T, 1> form;
-      form.x_gmem[0] = row_gmem(g) + at;
-      multiply(form, w, rows, x.zeros_gmem, part, split, shifts);
-      form.store(sums_smem);
-    } else {
-      Blocked<T, 2> form;
-      form.x_gmem[0] = row_gmem(g) + at;
-      form.x_gmem[1] = row_gmem(g + 8) + at;
-      multiply(form, w, rows, x.zeros_gmem, part, split, shifts);
-      form.store(sums_smem);
-    }
+    Blocked<T> form;
+    form.x_gmem = row_gmem(g) + group_offset(part * CHUNK + chunk_group(q));
+    multiply(form, w, rows, x.zeros_gmem, part, split, shift);
+    form.store(sums_smem);
   }
   __syncthreads();
 }
 
-// Tiles of a block; `split` is a power of two.
-__device__ __forceinline__ int tiles_of(int split) { return WARPS >> (split / 2); }
+// Of this warp; `split` is 1, 2 or 4.
+__device__ __forceinline__ int tile_of_warp(int split) {
+  return static_cast<int>(threadIdx.x) / WARP >> (split / 2);
+}
 
 // A sum over the parts of K, in their order.
-__device__ __forceinline__ float sum_of_parts(const Sums& sums_smem, int tile, int split, int row,
+__device__ __forceinline__ float sum_of_parts(Sums sums_smem, int tile, int split, int row,
                                               int token) {
   float sum = sums_smem[tile * split][row][token];
   for (int part = 1; part < split; ++part) sum += sums_smem[tile * split + part][row][token];

@@ -4,19 +4,12 @@
 //
 //   lane q of a quad   columns 8 q .. 8 q + 7 of 32;   instruction 0: the first four, 1: the others
 #pragma once
-#include "int4_product.cuh"
-
-template <class T>
-struct DenseWeights {
-  const T* gmem;  // [N, K]; rows start at multiples of 16 bytes
-  int64 stride;
-  int columns;  // K, a multiple of 8
-};
+#include "moe_experts_int4_experts.cuh"
 
 constexpr int DENSE_TOKENS = 16;  // of a block
 
 template <class T>
-__device__ __forceinline__ void dense_product(Sums& sums_smem, const DenseWeights<T>& w,
+__device__ __forceinline__ void dense_product(Sums sums_smem, const DenseWeights<T>& w,
                                               const LaneRows& rows,
                                               const T* x_gmem,  // [tokens, K]
                                               int64 x_stride, int first_token, int tokens,

@@ -27,30 +27,60 @@ def launch(y: Tensor, x: Tensor, packed: Tensor, scale: Tensor) -> None:
         x = x.clone(memory_format=torch.contiguous_format)
     tokens, rows, groups = len(x), len(packed), packed.shape[1] // 4
     columns, starts = _int4.rearranged(groups)
-    xr = torch.empty(tokens * columns + _int4.ZEROS, dtype=x.dtype, device=x.device)
-    start = torch.empty(tokens * starts, dtype=torch.float32, device=x.device)
+    form = _int4.form_of(x, scale, tokens)
+    xr = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
+    lifted = start = None
+    if not form.many:
+        lifted = torch.empty(tokens * columns + _int4.ZEROS, dtype=torch.float16, device=x.device)
+        start = torch.empty(tokens, starts, dtype=torch.float32, device=x.device)
     suffix = ELEMENTS[x.dtype]
     launch_kernel(
         "int4_linear",
         f"int4_linear_prepare_kernel_{suffix}",
         grid=(tokens, -(-groups // (_int4.THREADS // 4))),
         block=(_int4.THREADS,),
-        args=[x, xr, start, x.stride(0), tokens, groups],
+        args=[x, xr, lifted, start, x.stride(0), tokens, groups],
     )
-    split = _int4.split_of(groups)
-    block_size, few = _int4.tokens_of_block(x, scale)
-    blocks = -(-tokens // block_size)
+    blocks = -(-tokens // form.block)
+    row_tiles = -(-rows // _int4.rows_of_block(form))
+    if form.many:
+        launch_kernel(
+            "int4_linear",
+            f"int4_linear_many_kernel_{suffix}",
+            grid=(row_tiles * blocks,),
+            block=(form.threads(1),),
+            shared_bytes=form.shared_bytes(1),
+            args=[
+                packed,
+                scale,
+                xr,
+                y,
+                packed.stride(0) // 4,
+                scale.stride(0),
+                groups,
+                tokens,
+                rows,
+                form.block,
+                row_tiles,
+                _int4.SHIFT,
+                _int4.whole_pieces(scale),
+            ],
+        )
+        return
+    split = _int4.split_of(x, groups, blocks * row_tiles)
     launch_kernel(
         "int4_linear",
         f"int4_linear_kernel_{suffix}",
-        grid=(blocks * -(-rows // _int4.rows_of_block(split)),),
-        block=(_int4.THREADS,),
+        grid=(blocks, row_tiles),
+        block=(form.threads(split),),
+        shared_bytes=form.shared_bytes(split),
         args=[
             packed,
             scale,
             xr,
+            lifted,
             start,
-            xr[-_int4.ZEROS :],
+            None if lifted is None else lifted[-_int4.ZEROS :],
             y,
             packed.stride(0) // 4,
             scale.stride(0),
@@ -59,9 +89,8 @@ def launch(y: Tensor, x: Tensor, packed: Tensor, scale: Tensor) -> None:
             _int4.whole_chunks(x, scale),
             tokens,
             rows,
-            block_size,
-            blocks,
-            few,
+            form.block,
+            form.few,
             split,
             _int4.SHIFT,
         ],

@@ -14,7 +14,7 @@ from kimi_ops.cuda._support import ELEMENTS, is_aligned
 
 BATCH_INVARIANT = True  # then blocks have one form and one size
 
-_SHARED_TOKENS = 16  # of the shared expert's blocks
+_SHARED_TOKENS = {False: 16, True: 64}  # of the shared expert's blocks; with many tokens or not
 _PIECE = 8  # elements that a 16-byte access moves
 _COLUMNS = _int4.THREADS * _PIECE  # that a block of prepare and of sum has
 
@@ -60,6 +60,7 @@ class _Call:
         width: int,
         ids: Tensor,
         shared_width: int,
+        all_experts: int,
     ) -> None:
         self.x = x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
         self.tokens, self.depth = x.shape
@@ -67,19 +68,25 @@ class _Call:
         self.shared_width = shared_width
         self.routed = self.tokens * self.choices > 0 and experts > 0 and width > 0
         self.slots = self.tokens * self.choices if self.routed else 0
-        self.block_size, self.few = _int4.tokens_of_block(x, scale)
-        self.blocks, self.by_slot = block_count(self.slots, experts, self.block_size)
+        self.form = _int4.form_of(x, scale, self.slots / max(all_experts, 1))
+        self.blocks, self.by_slot = block_count(self.slots, experts, self.form.block)
         self.suffix = ELEMENTS[x.dtype]
 
         def room(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)
 
+        few = not self.form.many
         columns, starts = _int4.rearranged(self.depth // _int4.GROUP)
-        self.xr = room(self.tokens * columns + _int4.ZEROS)
-        self.starts = room(self.tokens * starts, dtype=torch.float32)
-        h_columns, h_starts = _int4.rearranged(width // _int4.GROUP)
-        self.h = room(self.slots, h_columns)
-        self.h_starts = room(self.slots, h_starts, dtype=torch.float32)
+        self.xr = room(self.tokens, columns)
+        self.lifted = (
+            room(self.tokens * columns + _int4.ZEROS, dtype=torch.float16) if few else None
+        )
+        self.starts = room(self.tokens, starts, dtype=torch.float32) if few else None
+        self.zeros = None if self.lifted is None else self.lifted[-_int4.ZEROS :]
+        columns, starts = _int4.rearranged(width // _int4.GROUP)
+        self.h = room(self.slots, columns)
+        self.h_lifted = room(self.slots, columns, dtype=torch.float16) if few else None
+        self.h_starts = room(self.slots, starts, dtype=torch.float32) if few else None
         self.h_shared = room(self.tokens, -(-shared_width // _PIECE) * _PIECE)
         self.rows = room(self.slots + self.tokens * (shared_width > 0), self.depth)
         self.tables = room(self.slots + 3 * self.blocks, dtype=torch.int32)
@@ -94,6 +101,7 @@ class _Call:
         dense_rows: int,
         rows_a_row: int,
         more: list[Argument],
+        few: list[Argument],
     ) -> None:
         """One of the two products.
 
@@ -104,18 +112,25 @@ class _Call:
             rows, dense_rows: of the result.
             rows_a_row: of the weights, for one of the result.
             more: further arguments.
+            few: and what the form for few tokens takes beyond them.
         """
-        groups = packed.shape[2] // 4
-        split = _int4.split_of(groups)
-        block_rows = _int4.rows_of_block(split) // rows_a_row
+        form, groups = self.form, packed.shape[2] // 4
+        block_rows = _int4.rows_of_block(form) // rows_a_row
+        row_tiles = -(-rows // block_rows)
         shared_tiles = 0 if dense is None else -(-dense_rows // block_rows)
-        shared_blocks = -(-self.tokens // _SHARED_TOKENS)
-        grid = shared_tiles * shared_blocks + -(-rows // block_rows) * self.blocks
+        shared_blocks = 0 if dense is None else -(-self.tokens // _SHARED_TOKENS[form.many])
+        split = 1
+        grid: tuple[int, ...] = (shared_tiles * shared_blocks + row_tiles * self.blocks,)
+        if not form.many:
+            row_tiles = max(row_tiles if self.blocks else 0, shared_tiles)
+            grid = (shared_blocks + self.blocks, row_tiles)
+            split = _int4.split_of(self.x, groups, grid[0] * grid[1])
         launch_kernel(
             "moe_experts_int4",
-            f"moe_experts_int4_{stage}_kernel_{self.suffix}",
-            grid=(grid,),
-            block=(_int4.THREADS,),
+            f"moe_experts_int4_{stage}{'_many' if form.many else ''}_kernel_{self.suffix}",
+            grid=grid,
+            block=(form.threads(split),),
+            shared_bytes=form.shared_bytes(split),
             args=[
                 packed,
                 scale,
@@ -135,10 +150,11 @@ class _Call:
                 self.slots,
                 self.blocks,
                 self.tokens,
-                self.few,
+                form.few,
                 split,
                 _int4.SHIFT,
                 *more,
+                *([row_tiles, _int4.whole_pieces(scale)] if form.many else few),
             ],
         )
 
@@ -164,9 +180,8 @@ def launch(
     experts, width = len(down_packed), down_packed.shape[2] * 8
     first, last = expert_range or (0, experts)
     ids, weights = ids.contiguous(), weights.contiguous()
-    call = _Call(x, gate_up_scale, experts, width, ids, shared_width)
+    call = _Call(x, gate_up_scale, experts, width, ids, shared_width, last)
     groups = call.depth // _int4.GROUP
-    zeros = call.xr[-_int4.ZEROS :]
     if call.routed:
         chunks = -(-call.depth // _COLUMNS)
         launch_kernel(
@@ -179,6 +194,7 @@ def launch(
                 ids,
                 call.tables,
                 call.xr,
+                call.lifted,
                 call.starts,
                 call.x.stride(0),
                 call.slots,
@@ -188,7 +204,7 @@ def launch(
                 chunks,
                 experts,
                 first,
-                call.block_size,
+                call.form.block,
                 call.by_slot,
             ],
         )
@@ -205,15 +221,13 @@ def launch(
                 call.x,
                 call.x.stride(0),
                 call.xr,
-                call.starts,
                 call.h,
-                call.h_starts,
                 call.h_shared,
-                zeros,
                 width,
                 shared_width,
                 call.choices,
             ],
+            [call.lifted, call.starts, call.h_lifted, call.h_starts, call.zeros],
         )
         call.product(
             "down",
@@ -223,7 +237,8 @@ def launch(
             call.depth,
             call.depth,
             1,
-            [call.h, call.h_starts, call.h_shared, zeros, call.rows, call.depth],
+            [call.h, call.h_shared, call.rows, call.depth],
+            [call.h_lifted, call.h_starts, call.zeros],
         )
     launch_kernel(
         "moe_experts_int4",
