@@ -20,8 +20,9 @@ from kimi_ops.kernels._int4_product import Tile
 # GPUs with mma.sync of which it is published that it takes subnormal operands as what they are.
 _CAPABILITIES = range(80, 91)
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90a")
-# 4 programs per SM; with 248 or 255 registers ptxas moves so many loads up that some spill.
-OPTIONS = {"num_warps": 2, "maxnreg": 240}
+# Registers for 4 programs per SM. How many loads ptxas moves up follows from the number, and with
+# one that is right for other GPUs a word or two spill: 244 on sm_80 and sm_90, 240 on sm_86.
+_REGISTERS = {86: 244, 89: 244}
 ZEROS = 256  # like x, that the kernels read
 _SHIFT = 1 << 24  # `_int4_few_direct`: what makes the upper half of a product a shift by 8
 
@@ -31,6 +32,11 @@ def fits(tile: Tile, device: torch.device) -> bool:
     if tile.tokens > 2 or tile.gluon or not _gluon.compiles():
         return False
     return _int4.takes_assembly(device) and _target.target(device).capability in _CAPABILITIES
+
+
+def options(device: torch.device) -> dict[str, int]:
+    """Those of a launch."""
+    return {"num_warps": 2, "maxnreg": _REGISTERS.get(_target.target(device).capability, 240)}
 
 
 def arguments(tokens: int, packed: Tensor, scale: Tensor) -> dict[str, Any]:

@@ -122,15 +122,21 @@ def gluon_tiles(device: torch.device) -> dict[int, Tile]:
 
 
 def tile_for(
-    device: torch.device, tokens: int, slots: int, experts: int, *, gluon: bool = False
+    device: torch.device,
+    tokens: int,
+    slots: int,
+    experts: int,
+    *,
+    gluon: bool = False,
+    most: int = 64,
 ) -> Tile:
     """The tile for ``slots`` (token, expert) pairs of ``tokens`` tokens over ``experts`` experts.
 
     A block should hold what an expert gets under even routing, mean plus four standard deviations,
     and need not hold more than all tokens. ``gluon``: whether the call is such as
     `_int4_many_gluon` is for; there a block costs by its size, and a second block of an expert
-    finds the weights in L2, so that one and a half deviations are enough. In batch-invariant mode
-    the answer is always the same.
+    finds the weights in L2, so that one and a half deviations are enough. ``most``: tokens of a
+    block at most. In batch-invariant mode the answer is always the same.
     """
     known = tiles(device)
     if gluon:
@@ -141,7 +147,7 @@ def tile_for(
     likely = max(2, math.ceil(mean + 4 * math.sqrt(mean)))
     if gluon and likely > 8:
         likely = max(8, math.ceil(mean + 1.5 * math.sqrt(mean)))
-    wanted = min(tokens, likely, max(known))
+    wanted = min(tokens, likely, most, max(known))
     return known[1 << max(wanted - 1, 0).bit_length()]
 
 

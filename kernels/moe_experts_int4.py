@@ -80,7 +80,8 @@ class _Call:
         experts = max(self.E, int(self.last))
         scales = (gate_up[1], down[1])
         gluon = _int4_many_plan.fits(x, scales, shared if shared and self.f_shared else ())
-        self.tile = tile or tile_for(x.device, self.T, self.slots, experts, gluon=gluon)
+        most = 64 if self.D % 64 == 0 else 16  # with more, masked rows of `down` spill
+        self.tile = tile or tile_for(x.device, self.T, self.slots, experts, gluon=gluon, most=most)
         if self.tile.gluon and self.f_shared and not _int4_many_plan.rows_fit(x, 8):
             x = x.clone(memory_format=torch.contiguous_format)
         self.blocks, self.by_slot = block_count(self.slots, self.E, self.tile.tokens)
@@ -212,7 +213,7 @@ class _Call:
             return (
                 few.moe_experts_int4_gate_up_direct_kernel,
                 few.moe_experts_int4_down_direct_kernel,
-                _int4_few_plan.OPTIONS,
+                _int4_few_plan.options(self.x.device),
             )
         kernel = moe_experts_int4_gate_up_kernel, moe_experts_int4_down_kernel
         return *kernel, self.tile.options
@@ -368,8 +369,8 @@ def static_cases() -> Iterable[Any]:
         with targeting(gpu):
             forms = (False, True) if _int4_few_plan.fits(tile, torch.device("meta")) else (False,)
         for direct, (dtype, d, f) in itertools.product(forms, widths):
-            if tile.gluon and d == 160:
-                continue  # no whole steps
+            if d == 160 and (tile.gluon or tokens > 16):
+                continue  # never chosen
             if direct:
                 arches = tuple(arch for arch in arches if arch in _int4_few_plan.ARCHES)
             with targeting(gpu):
@@ -390,11 +391,7 @@ def static_cases() -> Iterable[Any]:
                         arches=arches,
                     )
             if arches[0] == "sm_80" and dtype == torch.bfloat16 and d == 7168 and not tile.gluon:
-                prepare = made.prepare()
-                yield StaticCase.of_call(
-                    f"prepare_{'lifted_' * direct}{tokens}",
-                    moe_experts_int4_prepare_kernel,
-                    prepare,
-                )
+                name = f"prepare_{'lifted_' * direct}{tokens}"
+                yield StaticCase.of_call(name, moe_experts_int4_prepare_kernel, made.prepare())
     weights = torch.empty(2, 8, device="meta")
     yield StaticCase.of_call("sum", moe_experts_int4_sum_kernel, made.sum(weights))
