@@ -47,12 +47,27 @@ def cuda_sources() -> Any:
     return module
 
 
+def nvcc() -> str:
+    """The compiler of the fatbins: that of CUDA_HOME, else the one in the path."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if found is None:
+        where = f"CUDA_HOME ({home})" if home else "the path"
+        raise RuntimeError(f"KIMI_OPS_FATBINS=1 needs nvcc, and there is none in {where}")
+    return found
+
+
 def architectures() -> list[str]:
     """Those of `_cuda_sources.ARCHITECTURES` that this nvcc knows; it does not list sm_90a."""
-    nvcc = shutil.which("nvcc") or f"{os.environ.get('CUDA_HOME', '')}/bin/nvcc"
-    listed = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True)
-    known = listed.stdout.split()
-    return [name for name in cuda_sources().ARCHITECTURES if name.rstrip("a") in known]
+    command = [nvcc(), "--list-gpu-code"]
+    known = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    wanted = cuda_sources().ARCHITECTURES
+    found = [name for name in wanted if name.rstrip("a") in known]
+    if not found:
+        raise RuntimeError(f"{nvcc()} compiles for none of {', '.join(wanted)}")
+    if missing := [name for name in wanted if name not in found]:
+        print(f"fatbins: {nvcc()} does not know {', '.join(missing)}; first use compiles there")
+    return found
 
 
 class CMakeBuild(build_ext):
@@ -64,8 +79,10 @@ class CMakeBuild(build_ext):
         # one) may be gone.
         configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build)]
         configure.append("-DCMAKE_BUILD_TYPE=Release")
+        found = architectures() if FATBINS else []
         if FATBINS:
-            configure += ["-DKIMI_FATBINS=ON", f"-DKIMI_ARCHITECTURES={';'.join(architectures())}"]
+            configure += ["-DKIMI_FATBINS=ON", f"-DKIMI_ARCHITECTURES={';'.join(found)}"]
+            configure.append(f"-DNVCC={nvcc()}")
             configure.append(f"-DKIMI_CUDA_OPTIONS={';'.join(cuda_sources().OPTIONS)}")
         if ninja := shutil.which("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -75,18 +92,18 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target.parent / "cuda", ignore_errors=True)
         if FATBINS:
-            self._copy_fatbins(build, target.parent / "cuda")
+            self._copy_fatbins(build, target.parent / "cuda", found)
         # Renamed into place: a process that has the old library open keeps the old file.
         shutil.copy2(build / target.name, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)
 
-    def _copy_fatbins(self, build: Path, folder: Path) -> None:
+    def _copy_fatbins(self, build: Path, folder: Path, architectures: list[str]) -> None:
         """The fatbins, and which source each is of: one of another source is not used."""
         folder.mkdir(parents=True)
         manifest = {}
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             shutil.copy2(build / f"{source.stem}.fatbin", folder)
-            entry = {"digest": cuda_sources().digest(source), "architectures": architectures()}
+            entry = {"digest": cuda_sources().digest(source), "architectures": architectures}
             manifest[source.stem] = entry
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
