@@ -1,8 +1,8 @@
 // CUDA C++ kernels of kimi_ops.mla_decode: absorbed attention over a paged cache, in two stages.
 //
 //   score[r, t] = scale * q[r] . kv[t]               r = (s, h) a query row, t < limit of s
-//   out[r]      = sum_t softmax(score[r])[t] * kv[t, :C]        lse[r] = log(sum_t exp(score[r,
-//   t]))
+//   out[r]      = sum_t softmax(score[r])[t] * kv[t, :C]
+//   lse[r]      = log(sum_t exp(score[r, t]))
 //
 // All query rows of a sequence share its keys, so a block takes up to 64 of them and reads each
 // cached token once. The tokens are dealt out to splits, and a second stage joins them:

@@ -8,8 +8,8 @@
 //   blocks   [0: 4][0: 1][1: 2][3: 3][    ][    ]   of 4; expert, first of its slots, how many
 //
 // An expert's first block follows from the slots before it alone, so that the experts' blocks of
-// threads need nothing of each other: as the slot itself where slots are fewer than experts, else
-// as expert + slot / block size, which leaves every expert enough room.
+// threads need nothing of each other: as the slot itself where that takes no more blocks (few
+// slots), else as expert + slot / block size, which leaves every expert enough room.
 #pragma once
 #include "reduce.cuh"
 #include "vec.cuh"
