@@ -1,13 +1,50 @@
-// The whole C ABI of the CPU library, one declaration per entry, shapes in the margin.
+// The whole C ABI of the CPU library, one declaration per op, shapes in the margin.
 //
-// Plain C types only; the library allocates nothing that the caller must free and keeps no state
-// between calls. KIMI_ABI_VERSION rises with every incompatible change (kimi_ops/_native.py
-// refuses a library of another version).
+// KIMI_OP declares an op once per instruction set, as kimi_<op>_<isa>: a caller picks one that
+// kimi_cpu_isas() names. kimi_ops/_native.py reads this file: names, order and types of the
+// arguments there are those below.
+//
+// All sizes, counts and strides are int64_t and in elements; `dtype` is one of KIMI_BF16..KIMI_F32
+// and says what the tensors without a type of their own hold. The last dimension of a tensor is
+// dense; `stride_*` are those of the others. Nothing is checked here and nothing outside the
+// arguments is touched; the library allocates nothing that the caller must free and keeps no state
+// between calls. An op returns 0, or KIMI_NO_MEMORY.
+//
+// KIMI_ABI_VERSION rises with every incompatible change (kimi_ops/_native.py refuses a library of
+// another version).
 #ifndef KIMI_H_
 #define KIMI_H_
 
-#define KIMI_ABI_VERSION 1
+#include <stdint.h>
+
+#define KIMI_ABI_VERSION 2
 #define KIMI_EXPORT __attribute__((visibility("default")))
+
+#define KIMI_BF16 0
+#define KIMI_F16 1
+#define KIMI_F32 2
+
+#define KIMI_NO_MEMORY 1
+
+// The threads that an op may use. `run(task, data, threads, 0)` calls task(data) on as many threads
+// and returns when all have: GOMP_parallel of the OpenMP library that torch itself uses, so that
+// the two share one pool, or kimi_run_threads.
+typedef struct {
+  void (*run)(void (*task)(void*), void* data, unsigned threads, unsigned flags);
+  int64_t threads;
+} kimi_team;
+
+// Where the rows of a tensor with any leading dimensions are: row i starts at element
+// i / inner * stride_outer + i % inner * stride_inner.
+typedef struct {
+  int64_t inner, stride_outer, stride_inner;
+} kimi_rows;
+
+#define KIMI_OP(op, ...)                                                     \
+  KIMI_EXPORT int kimi_##op##_amx(const kimi_team* team, __VA_ARGS__);       \
+  KIMI_EXPORT int kimi_##op##_avx512(const kimi_team* team, __VA_ARGS__);    \
+  KIMI_EXPORT int kimi_##op##_avx2(const kimi_team* team, __VA_ARGS__);      \
+  KIMI_EXPORT int kimi_##op##_scalar(const kimi_team* team, __VA_ARGS__)
 
 #ifdef __cplusplus
 extern "C" {
@@ -16,9 +53,23 @@ extern "C" {
 // Version of this header that the library was built with.
 KIMI_EXPORT int kimi_abi_version(void);
 
-// Best instruction set that this host runs and the library has code for: "avx512" (F, BW, VL, DQ,
-// VNNI and BF16), "avx2" (with FMA and F16C) or "scalar". A static string.
-KIMI_EXPORT const char* kimi_cpu_isa(void);
+// The instruction sets that this host runs and the library has code for, best first, one space
+// between them: "amx" (avx512 with AMX-BF16), "avx512" (F, BW, VL, DQ, VNNI and BF16), "avx2" (with
+// FMA and F16C), "scalar". A static string.
+KIMI_EXPORT const char* kimi_cpu_isas(void);
+
+// Starts and joins threads at every call; where torch has no OpenMP, and for thread sanitizers.
+KIMI_EXPORT void kimi_run_threads(void (*task)(void*), void* data, unsigned threads,
+                                  unsigned flags);
+
+// clang-format off
+KIMI_OP(rms_norm,
+    int64_t dtype,
+    void* y,                            // [rows, width]
+    const void* x, kimi_rows rows_x,    // [rows, width]
+    const void* weight,                 // [width]
+    int64_t rows, int64_t width, float eps);
+// clang-format on
 
 #ifdef __cplusplus
 }

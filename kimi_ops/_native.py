@@ -1,17 +1,38 @@
-"""Loads the CPU library (`csrc/`, a plain C ABI) through ctypes.
+"""Loads the CPU library (`csrc/`, a plain C ABI) through ctypes and calls its ops.
 
 The library belongs to no torch version: it is built by CMake at installation (`setup.py`) and
-placed in `kimi_ops/_lib/`. An installation without a compiler has none, and says so here.
+placed in `kimi_ops/_lib/`. An installation without a compiler has none, and says so here. What its
+ops take is read from `csrc/kimi.h`, the one place that states it.
+
+Each op is there once per instruction set. The best one that the host runs is taken;
+``KIMI_OPS_CPU_ISA`` asks for a lower one. Threads are torch's: as many as `torch.get_num_threads`,
+from the very pool that torch's own ops use, by way of the OpenMP library that torch has loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
+
+import torch
+
+import kimi_ops.csrc
+from kimi_ops._strided_rows import Rows
 
 LIBRARY = Path(__file__).parent / "_lib" / "libkimi_ops_cpu.so"
-ABI_VERSION = 1  # of csrc/kimi.h; raised with every incompatible change there
+HEADER = Path(kimi_ops.csrc.__file__).parent / "kimi.h"
+ABI_VERSION = 2  # of csrc/kimi.h; raised with every incompatible change there
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # KIMI_BF16, KIMI_F16, KIMI_F32
+_NO_MEMORY = 1  # KIMI_NO_MEMORY
+
+_FORCED: ContextVar[str | None] = ContextVar("kimi_ops_cpu_isa", default=None)
 
 
 @functools.cache
@@ -35,11 +56,143 @@ def missing() -> str | None:
 def _open() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.kimi_abi_version.restype = ctypes.c_int
-    library.kimi_cpu_isa.restype = ctypes.c_char_p
+    library.kimi_cpu_isas.restype = ctypes.c_char_p
     return library
 
 
+@functools.cache
+def cpu_isas() -> tuple[str, ...]:
+    """Instruction sets that this host runs and the library has: amx, avx512, avx2, scalar; best
+    first."""
+    isas: bytes = _open().kimi_cpu_isas()
+    return tuple(isas.decode().split())
+
+
+@functools.cache
+def _isa_of_environment() -> str:
+    """``KIMI_OPS_CPU_ISA``, read at the first call of an op, or the best there is."""
+    wish = os.environ.get("KIMI_OPS_CPU_ISA", "")
+    if wish and wish not in cpu_isas():
+        raise ValueError(
+            f"KIMI_OPS_CPU_ISA: {wish!r} does not run here; there are {', '.join(cpu_isas())}"
+        )
+    return wish or cpu_isas()[0]
+
+
 def cpu_isa() -> str:
-    """Best instruction set that both this host and the library have: avx512, avx2 or scalar."""
-    isa: bytes = _open().kimi_cpu_isa()
-    return isa.decode()
+    """The instruction set that ops run with.
+
+    Raises:
+        ValueError: ``KIMI_OPS_CPU_ISA`` names one that this host or the library has not.
+    """
+    return _FORCED.get() or _isa_of_environment()
+
+
+@contextlib.contextmanager
+def using_isa(isa: str) -> Iterator[None]:
+    """Runs the ops within a block with this instruction set, one of `cpu_isas`."""
+    if isa not in cpu_isas():
+        raise ValueError(f"{isa!r} does not run here; there are {', '.join(cpu_isas())}")
+    token = _FORCED.set(isa)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+class _Team(ctypes.Structure):
+    """`kimi_team`."""
+
+    _fields_ = (("run", ctypes.c_void_p), ("threads", ctypes.c_int64))
+
+
+class _Rows(ctypes.Structure):
+    """`kimi_rows`."""
+
+    _fields_ = (
+        ("inner", ctypes.c_int64),
+        ("stride_outer", ctypes.c_int64),
+        ("stride_inner", ctypes.c_int64),
+    )
+
+
+_TYPES = {
+    "pointer": ctypes.c_void_p,
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "kimi_rows": _Rows,
+}
+
+
+@functools.cache
+def _runner() -> int:
+    """Address of the function that runs a task on threads: torch's own, else the library's."""
+    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    runner = getattr(torch_library, "GOMP_parallel", None) or _open().kimi_run_threads
+    return ctypes.cast(runner, ctypes.c_void_p).value or 0
+
+
+def shares_torch_threads() -> bool:
+    """Whether ops run on the threads of torch's pool; without OpenMP they start their own."""
+    return _runner() != ctypes.cast(_open().kimi_run_threads, ctypes.c_void_p).value
+
+
+@functools.cache
+def _team(threads: int) -> Any:
+    return ctypes.pointer(_Team(run=_runner(), threads=threads))
+
+
+@functools.cache
+def parameters() -> dict[str, tuple[tuple[str, str], ...]]:
+    """Per op of `csrc/kimi.h` its parameters: (type, name), pointers as ``"pointer"``."""
+    text = re.sub(r"//.*", "", HEADER.read_text())
+    found = {}
+    for op, listed in re.findall(r"^KIMI_OP\((\w+),([^;]*)\);", text, flags=re.MULTILINE):
+        entries = []
+        for parameter in listed.split(","):
+            kind, _, name = parameter.strip().rpartition(" ")
+            entries.append(("pointer" if "*" in kind else kind, name))
+        found[op] = tuple(entries)
+    return found
+
+
+@functools.cache
+def _function(op: str, isa: str) -> tuple[Callable[..., int], tuple[str, ...]]:
+    """An op's entry for an instruction set, and the names of its arguments in order."""
+    function = getattr(_open(), f"kimi_{op}_{isa}")
+    function.argtypes = [ctypes.POINTER(_Team), *(_TYPES[kind] for kind, _ in parameters()[op])]
+    function.restype = ctypes.c_int
+    return function, tuple(name for _, name in parameters()[op])
+
+
+def _plain(value: Any) -> Any:
+    """An argument as ctypes takes it."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if isinstance(value, torch.dtype):
+        return DTYPES[value]
+    if isinstance(value, Rows):
+        return _Rows(value.inner, value.stride_outer, value.stride_inner)
+    return value
+
+
+def call(op: str, **named: Any) -> None:
+    """Calls an op of the library with torch's number of threads.
+
+    Args:
+        op: its name in `csrc/kimi.h`.
+        named: exactly the parameters stated there, but for ``team``. For a pointer a tensor, or
+            None; for ``dtype`` a torch.dtype; for `kimi_rows` a `Rows`. The caller has checked
+            everything.
+
+    Raises:
+        MemoryError: there was none for the op's workspace.
+        ValueError: as `cpu_isa`.
+    """
+    function, names = _function(op, cpu_isa())
+    if len(names) != len(named):
+        raise TypeError(f"{op}: takes {', '.join(names)}; got {', '.join(named)}")
+    args = [_plain(named[name]) for name in names]
+    status = function(_team(torch.get_num_threads()), *args)
+    if status == _NO_MEMORY:
+        raise MemoryError(f"{op}: no memory for its workspace")

@@ -76,6 +76,8 @@ def report() -> dict[str, Any]:
         "cpu_library": {
             "missing": missing,
             "instruction_set": None if missing else _native.cpu_isa(),
+            "instruction_sets": [] if missing else list(_native.cpu_isas()),
+            "threads_of_torch": None if missing else _native.shares_torch_threads(),
             "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
             "cmake": shutil.which("cmake"),
         },
@@ -125,7 +127,10 @@ def _print(found: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         console.print("cuda: torch sees no device", highlight=False)
     library = found["cpu_library"]
-    state = library["missing"] or f"instruction set {library['instruction_set']}"
+    state = library["missing"] or (
+        f"instruction set {library['instruction_set']} (of {', '.join(library['instruction_sets'])}), "
+        + ("on torch's threads" if library["threads_of_torch"] else "on threads of its own")
+    )
     console.print(f"CPU library: {state}", highlight=False)
     console.print(f"  compiler {library['compiler']}, cmake {library['cmake']}", highlight=False)
     console.print(f"CUDA C++ kernels, cache {found['cuda_binaries']['cache']}:", highlight=False)

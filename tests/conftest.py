@@ -18,6 +18,7 @@ from kimi_ops._backends import BACKENDS, GPU_BACKENDS, has_kernel
 from kimi_ops._dispatch import get_op
 from kimi_ops._target import too_old
 from kimi_ops.testing import cases, check
+from kimi_ops.testing.isas import cpu_backends, with_cpu_backend
 from kimi_ops.testing.ways import WAYS, Way, ways_of, with_way
 
 # What was left out for size: way, or backend on a device -> number of cases.
@@ -60,14 +61,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the argument ``backend`` or ``case`` runs for each of the module's ``OP``.
 
-    On the CPU the backends of a GPU run in each way that there is without one.
+    On the CPU its library runs with each instruction set, and the backends of a GPU in each way that
+    there is without one.
     """
     op = getattr(metafunc.module, "OP", None)
     if "backend" in metafunc.fixturenames:
         on_gpu = metafunc.config.getoption("--device") == "cuda"
-        here = ("reference", *GPU_BACKENDS) if on_gpu else ("reference", "cpu")
-        names = [name for name in here if has_kernel(op, name)]
-        names += [] if on_gpu else [way.name for way in ways_of(op)]
+        names = ["reference"]
+        if on_gpu:
+            names += [name for name in GPU_BACKENDS if has_kernel(op, name)]
+        else:
+            names += cpu_backends(op) + [way.name for way in ways_of(op)]
         names += [name for name in get_op(op).known_backends() if name not in BACKENDS]
         metafunc.parametrize("backend", names, indirect=True)
     if "case" in metafunc.fixturenames:
@@ -160,7 +164,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name: str = request.param
     op = request.module.OP
     way = _way_of(op, name)
-    reason = get_op(op).why_not(way.backend if way else name, None)
+    on_cpu = name.startswith("cpu")
+    reason = get_op(op).why_not(way.backend if way else "cpu" if on_cpu else name, None)
     if check.DEVICE == "cuda" and name in GPU_BACKENDS:
         reason = reason or too_old(torch.device("cuda"))
     if reason is not None and not (way and way.backend == "cuda"):
@@ -169,7 +174,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
     with (
-        with_way(op, way) if way else contextlib.nullcontext(name) as registered,
+        with_way(op, way)
+        if way
+        else with_cpu_backend(op, name)
+        if on_cpu
+        else contextlib.nullcontext(name) as registered,
         # Not on the CPU, where it would only cost: torch asks such a block at every call.
         torch.device("cuda") if check.DEVICE == "cuda" else contextlib.nullcontext(),
     ):
