@@ -11,6 +11,7 @@
 // sets keep kRows x 2 vectors of sums in registers.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "cpu/elements.h"
@@ -97,8 +98,8 @@ inline void multiply_tiles(float* c, int64_t stride_c, const bf16* a, int64_t st
   }
 }
 
-inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a,
-                     const bf16* panel, int64_t m, int64_t k, bool accumulate) {
+inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a, const bf16* panel,
+                     int64_t m, int64_t k, bool accumulate) {
   int64_t row = 0;
   for (; row + 32 <= m; row += 32) {
     multiply_tiles<true>(c + row * stride_c, stride_c, a + row * stride_a, stride_a, panel, k,
@@ -162,23 +163,39 @@ inline void multiply_rows(F (&sums)[R][2], const bf16* a, int64_t stride_a, cons
   }
 }
 
+// Products that are summed one after the other. Of floats few, and the sums of those are added up:
+// a single chain of hundreds would round more often than torch does.
+template <class O>
+inline constexpr int64_t kChain = kPairs<O> ? int64_t{1} << 62 : 32;
+
 template <int R, class O>
 inline void multiply_block(float* c, int64_t stride_c, const O* a, int64_t stride_a, const O* panel,
                            int64_t k, bool accumulate) {
   constexpr int kWords = kPairs<O> ? 2 : 1;  // elements of a column in a panel's row
   for (int column = 0; column < kPanel; column += 2 * W) {
-    F sums[R][2] = {};
-    if (accumulate) {
-      for (int r = 0; r < R; ++r) {
-        sums[r][0] = load(c + r * stride_c + column);
-        sums[r][1] = load(c + r * stride_c + column + W);
+    int64_t first = 0;
+    do {
+      const bool add = accumulate || first > 0;
+      F sums[R][2] = {};
+      if (add && kPairs<O>) {
+        for (int r = 0; r < R; ++r) {
+          sums[r][0] = load(c + r * stride_c + column);
+          sums[r][1] = load(c + r * stride_c + column + W);
+        }
       }
-    }
-    multiply_rows<R>(sums, a, stride_a, panel + column * kWords, k);
-    for (int r = 0; r < R; ++r) {
-      store(c + r * stride_c + column, sums[r][0]);
-      store(c + r * stride_c + column + W, sums[r][1]);
-    }
+      multiply_rows<R>(sums, a + first, stride_a, panel + first * kPanel + column * kWords,
+                       std::min(kChain<O>, k - first));
+      for (int r = 0; r < R; ++r) {
+        float* to = c + r * stride_c + column;
+        if (add && !kPairs<O>) {
+          sums[r][0] += load(to);
+          sums[r][1] += load(to + W);
+        }
+        store(to, sums[r][0]);
+        store(to + W, sums[r][1]);
+      }
+      first += kChain<O>;
+    } while (first < k);
   }
 }
 
@@ -208,8 +225,8 @@ inline void multiply(float* c, int64_t stride_c, const float* a, int64_t stride_
 // c[m][32] (+)= a[m][k] * panel[k][32], one panel. The rows of `a` and `c` are `stride_*` elements
 // apart; c keeps its values and adds if `accumulate`. For bf16 k is a multiple of kDepth, and a
 // thread has `Tiles` while it multiplies. A row of the result is the same for every m.
-inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a,
-                     const bf16* panel, int64_t m, int64_t k, bool accumulate) {
+inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a, const bf16* panel,
+                     int64_t m, int64_t k, bool accumulate) {
   multiply_vectors(c, stride_c, a, stride_a, panel, m, k, accumulate);
 }
 #endif
