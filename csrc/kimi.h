@@ -63,6 +63,19 @@ KIMI_EXPORT void kimi_run_threads(void (*task)(void*), void* data, unsigned thre
                                   unsigned flags);
 
 // clang-format off
+KIMI_OP(mla_decode,
+    int64_t dtype,
+    void* out,                          // [B, S, H, C]
+    float* lse,                         // [B, S, H]
+    const void* q,                      // [B, S, H, C+R]
+    int64_t stride_q_b, int64_t stride_q_s, int64_t stride_q_h,
+    const void* kv_cache,               // [num_pages, P, C+R], or bytes [num_pages, P, C+16+2R]
+    int64_t fp8, int64_t num_pages, int64_t page_size,
+    int64_t stride_cache_page, int64_t stride_cache_token,
+    const int32_t* page_table,          // [B, max_pages]
+    int64_t stride_table_b, int64_t max_pages,
+    const int32_t* seq_lens,            // [B]
+    int64_t batch, int64_t new_tokens, int64_t heads, int64_t rank, int64_t rope, float scale);
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]
