@@ -76,6 +76,40 @@ KIMI_OP(mla_decode,
     int64_t stride_table_b, int64_t max_pages,
     const int32_t* seq_lens,            // [B]
     int64_t batch, int64_t new_tokens, int64_t heads, int64_t rank, int64_t rope, float scale);
+KIMI_OP(int4_linear,
+    int64_t dtype,
+    void* y,                            // [tokens, rows]
+    const void* x,                      // [tokens, columns]
+    const void* packed,                 // [rows, columns / 8] 32-bit words
+    const void* scale,                  // [rows, columns / 32]
+    int64_t tokens, int64_t rows, int64_t columns, int64_t stride_x, int64_t stride_packed,
+    int64_t stride_scale, int64_t scale_dtype,
+    int64_t one_path);                  // not 0: one path whatever `tokens` is
+
+KIMI_OP(moe_experts_int4,
+    int64_t dtype,
+    void* y,                            // [tokens, depth]
+    const void* x,                      // [tokens, depth]
+    const void* gate_up_packed,         // [experts, 2 * width, depth / 8] 32-bit words
+    const void* gate_up_scale,          // [experts, 2 * width, depth / 32]
+    const void* down_packed,            // [experts, depth, width / 8] 32-bit words
+    const void* down_scale,             // [experts, depth, width / 32]
+    const float* weights,               // [tokens, choices]
+    const int32_t* ids,                 // [tokens, choices]
+    const void* shared_gate_up,         // [2 * shared_width, depth], or null
+    const void* shared_down,            // [depth, shared_width], or null
+    int64_t tokens, int64_t depth, int64_t width, int64_t experts, int64_t choices,
+    int64_t shared_width,
+    int64_t first_expert,               // id of the first of `experts`
+    int64_t stride_x,
+    int64_t stride_gate_up_e, int64_t stride_gate_up,            // of the packed words
+    int64_t stride_gate_up_scale_e, int64_t stride_gate_up_scale,
+    int64_t stride_down_e, int64_t stride_down,
+    int64_t stride_down_scale_e, int64_t stride_down_scale,
+    int64_t stride_shared_gate_up, int64_t stride_shared_down,
+    int64_t scale_dtype,
+    int64_t one_path);                  // not 0: one path however many tokens an expert has
+
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]

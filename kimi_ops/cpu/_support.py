@@ -16,9 +16,25 @@ def refusal(op: str, x: Tensor) -> str | None:
     return None
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of the last dimension lie side by side."""
+    return x.numel() == 0 or x.shape[-1] == 1 or x.stride(-1) == 1
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x``, or a packed copy where the elements of its last dimension are apart."""
+    return x if is_dense(x) else x.contiguous()
+
+
+def dense_refusal(op: str, **weights: Tensor) -> str | None:
+    """Why weights that are too large to copy do not run as they lie, or None."""
+    for name, weight in weights.items():
+        if not is_dense(weight):
+            return f"{op} on the CPU takes {name} with a dense last dimension"
+    return None
+
+
 def dense_rows(x: Tensor) -> tuple[Tensor, Rows]:
     """A tensor ``[..., D]`` with the places of its rows: ``x``, or a packed copy where two strides
     do not say where they are or the elements of a row are apart."""
-    if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    return or_packed(x)
+    return or_packed(dense(x))

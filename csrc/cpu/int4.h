@@ -1,0 +1,182 @@
+// Weights of int4 in groups of 32, as the checkpoint stores them, times few rows of x.
+//
+// A row of weights is words of 32 bits; column c is nibble c % 8 (lowest first) of word c / 8, stored
+// plus 8, and column c's scale is that of group c / 32 (4 words). Nobody copies the weights: a vector
+// of W words is loaded as it lies, its nibbles become numbers by shifting and masking, and x is
+// rearranged to match, once per call.
+//
+//   float   block of W words: vector j (of 8) holds nibble j of every word      x[8 w + j]
+//   bf16    block of 16 words, taken as 32 halves: vector j (of 4) holds nibble j of every half,
+//           looked up in a table of bf16; VDPBF16PS adds two halves of a word    x[4 h + j]
+//
+// Either way lane w of a sum holds columns of word w, so that one vector of scales, each four times,
+// finishes a block. The products are exact, the sums float32.
+#pragma once
+
+#include "cpu/math.h"
+#include "cpu/product.h"
+
+namespace kimi::KIMI_ISA {
+
+inline constexpr int kGroup = 32;      // weights of one scale
+inline constexpr int kGroupWords = 4;  // and their words
+
+// What x of elements E is multiplied as: without VDPBF16PS bfloat16 gains nothing over float.
+#if defined(__AVX512BF16__)
+template <class E>
+using Int4Operand = Operand<E>;
+#else
+template <class E>
+using Int4Operand = float;
+#endif
+
+// A matrix of such weights.
+struct Int4Rows {
+  const uint32_t* packed;  // [rows, groups * 4]
+  int64_t stride_packed;
+  const void* scale;  // [rows, groups]
+  int64_t stride_scale;
+  int64_t scale_dtype, groups;
+
+  const uint32_t* words(int64_t row) const { return packed + row * stride_packed; }
+
+  // The scales of groups first .. last of a row as float32.
+  void scales(float* to, int64_t row, int64_t first, int64_t last) const {
+    with_element(scale_dtype, [&](auto element) {
+      const auto* from =
+          static_cast<const decltype(element)*>(scale) + row * stride_scale + first;
+      for_each_piece(last - first, [&](int64_t i, auto n) {
+        store_piece(to + i, load_piece(from + i, n), n);
+      });
+    });
+  }
+};
+
+// Columns of a block of rearranged x.
+template <class O>
+inline constexpr int64_t kBlock = kPairs<O> ? 128 : 8 * W;
+
+template <class O>
+inline int64_t arranged_size(int64_t columns) {
+  return (columns + kBlock<O> - 1) / kBlock<O> * kBlock<O>;
+}
+
+// Where column c of x is in its rearranged form.
+template <class O>
+inline int64_t arranged_position(int64_t c) {
+  constexpr int64_t kNibbles = kPairs<O> ? 4 : 8;
+  const int64_t within = c % kBlock<O>;
+  return c - within + within % kNibbles * (kBlock<O> / kNibbles) + within / kNibbles;
+}
+
+// Rearranges a row of x, and pads the last block with 0.
+template <class O, class E>
+inline void arrange(O* to, const E* x, int64_t columns) {
+  const int64_t size = arranged_size<O>(columns);
+  for (int64_t c = 0; c < columns; ++c) {
+    to[arranged_position<O>(c)] = narrow<O>(widen(x[c]));
+  }
+  for (int64_t c = columns; c < size; ++c) to[arranged_position<O>(c)] = O{};
+}
+
+// W / 4 scales (the first `groups` of them; the others count as 0), each in four lanes.
+inline F spread_scales(const float* scales, int64_t groups) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << groups) - 1);
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return (F)_mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(mask, scales));
+#else
+  F spread = {};
+  for (int lane = 0; lane < W; ++lane) {
+    spread[lane] = lane / kGroupWords < groups ? scales[lane / kGroupWords] : 0.0f;
+  }
+  return spread;
+#endif
+}
+
+inline U load_words(const uint32_t* p) {
+  U words;
+  std::memcpy(&words, p, sizeof words);
+  return words;
+}
+
+// sums[t] += the products of one block of weights with tokens' x, lane w those of word w.
+template <int T>
+inline void add_block(F (&sums)[T], U words, const float* const (&x)[T], int64_t at) {
+  for (int j = 0; j < 8; ++j) {
+    const F q = __builtin_convertvector((I)((words >> (4 * j)) & 15), F) - 8.0f;
+    for (int t = 0; t < T; ++t) sums[t] += q * load(x[t] + at + j * W);
+  }
+}
+
+#if defined(__AVX512BF16__)
+template <int T>
+inline void add_block(F (&sums)[T], U words, const bf16* const (&x)[T], int64_t at) {
+  // -8 .. 7 as bf16, twice: the look-up takes five bits, of which the highest is the next nibble's.
+  static constexpr uint16_t kTable[32] = {
+      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+      0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+      0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+  const __m512i table = _mm512_loadu_si512(kTable), halves = (__m512i)words;
+  const __m512i q[4] = {_mm512_permutexvar_epi16(halves, table),
+                        _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 4), table),
+                        _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 8), table),
+                        _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 12), table)};
+  for (int t = 0; t < T; ++t) {
+    for (int j = 0; j < 4; ++j) {
+      const auto xs = (__m512bh)_mm512_loadu_si512(x[t] + at + j * 32);
+      sums[t] = (F)_mm512_dpbf16_ps((__m512)sums[t], (__m512bh)q[j], xs);
+    }
+  }
+}
+#endif
+
+inline constexpr int64_t kAhead = 2048;  // bytes that weights are fetched ahead of their use
+
+// results[r][t] = weights[rows[r]] . x[t] for R rows and T rearranged tokens; `scratch` holds
+// R * groups floats.
+template <int R, int T, class O>
+inline void dot_rows(float (&results)[R][T], const Int4Rows& weights, const int64_t (&rows)[R],
+                     const O* const (&x)[T], float* scratch) {
+  const uint32_t* words[R];
+  for (int r = 0; r < R; ++r) {
+    words[r] = weights.words(rows[r]);
+    weights.scales(scratch + r * weights.groups, rows[r], 0, weights.groups);
+  }
+  F totals[R][T] = {};
+  constexpr int64_t kGroups = W / kGroupWords;
+  auto block = [&](int64_t group, int64_t count, auto&& load_block) {
+    for (int r = 0; r < R; ++r) {
+      F sums[T] = {};
+      add_block<T>(sums, load_block(words[r] + group * kGroupWords), x, group * kGroup);
+      const F scale = spread_scales(scratch + r * weights.groups + group, count);
+      for (int t = 0; t < T; ++t) totals[r][t] += scale * sums[t];
+    }
+  };
+  int64_t group = 0;
+  for (; group + kGroups <= weights.groups; group += kGroups) {
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(words[r] + group * kGroupWords) + kAhead);
+    }
+    block(group, kGroups, [](const uint32_t* p) { return load_words(p); });
+  }
+  if (const int64_t rest = weights.groups - group; rest > 0) {
+    block(group, rest, [&](const uint32_t* p) {
+      return (U)load_first(reinterpret_cast<const float*>(p), rest * kGroupWords);
+    });
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int t = 0; t < T; ++t) results[r][t] = sum(totals[r][t]);
+  }
+}
+
+// Calls body<T>(first) for pieces of 0 .. count of 4, 2 and 1.
+template <class Body>
+inline void for_few(int64_t count, const Body& body) {
+  int64_t first = 0;
+  for (; first + 4 <= count; first += 4) body(std::integral_constant<int, 4>(), first);
+  for (; first + 2 <= count; first += 2) body(std::integral_constant<int, 2>(), first);
+  for (; first < count; ++first) body(std::integral_constant<int, 1>(), first);
+}
+
+}  // namespace kimi::KIMI_ISA

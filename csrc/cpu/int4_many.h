@@ -1,0 +1,164 @@
+// Weights of int4 times many rows of x: weights unpacked in chunks, x in panels of 32 tokens.
+//
+// The weights are the operand that stays as it lies, row by row (product.h's A): 32 rows of a chunk
+// of the depth are unpacked, scaled and rounded to the operand's type into the cache, and multiplied
+// with every panel of tokens. A result is [row][token], tokens in the lanes.
+//
+// Within a group of 32 columns bf16 operands are in the order in which nibbles leave a vector: first
+// the columns 0, 4, 8 .. 28, then 1, 5 .. 29, and so on. Panels of x have it too; a sum does not mind.
+#pragma once
+
+#include "cpu/int4.h"
+#include "cpu/pack.h"
+
+namespace kimi::KIMI_ISA {
+
+inline constexpr int64_t kChunk = 512;                   // columns unpacked at a time
+inline constexpr int64_t kChunkStride = kChunk + 32;     // rows apart by no power of two
+inline constexpr int64_t kTileRows = 32;                 // rows of weights at a time
+inline constexpr int64_t kTileSize = kTileRows * kPanel;  // of a result of one panel
+
+#if defined(__AVX512BF16__)
+// 32 columns of a group in the order of their nibbles, from their natural one.
+inline __m512i permute_group(__m512i x) {
+  static constexpr uint16_t kFrom[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
+                                         2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+  return _mm512_permutexvar_epi16(_mm512_loadu_si512(kFrom), x);
+}
+
+// Columns first .. last (of whole groups) of a row, scaled and rounded. `scales` has room for them.
+inline void unpack(bf16* to, const Int4Rows& weights, int64_t row, int64_t first, int64_t last,
+                   float* scales) {
+  weights.scales(scales, row, first / kGroup, last / kGroup);
+  const uint32_t* words = weights.words(row) + first / 8;
+  const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i low = _mm512_set1_epi16(15);
+  const __m512i shifts = _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi16(0), _mm_set1_epi16(4))),
+      _mm256_setr_m128i(_mm_set1_epi16(8), _mm_set1_epi16(12)), 1);
+  for (int64_t group = 0; group < (last - first) / kGroup; ++group) {
+    // The group's sixteen values in a table, and four copies of its nibbles to look them up with.
+    const auto table = (__m256i)_mm512_cvtneps_pbh(numbers * _mm512_set1_ps(scales[group]));
+    const __m128i nibbles =
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(words + group * kGroupWords));
+    const __m512i index =
+        _mm512_and_si512(_mm512_srlv_epi16(_mm512_broadcast_i32x4(nibbles), shifts), low);
+    _mm512_storeu_si512(to + group * kGroup,
+                        _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(table)));
+  }
+}
+
+// The same columns of a row of `width` bf16, with 0 after its end.
+inline void unpack(bf16* to, const bf16* row, int64_t first, int64_t last, int64_t width) {
+  for (int64_t c = first; c < last; c += kGroup) {
+    const int64_t n = std::clamp<int64_t>(width - c, 0, kGroup);
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+    _mm512_storeu_si512(to + c - first, permute_group(_mm512_maskz_loadu_epi16(mask, row + c)));
+  }
+}
+
+// Panel of the rows x[tokens[0 .. count)]; the other columns are 0.
+inline void pack_tokens(bf16* panel, const bf16* x, int64_t stride_x, const int32_t* tokens,
+                        int64_t count, int64_t columns) {
+  for (int64_t at = 0; at < columns; at += kGroup) {
+    for (int64_t half = 0; half < kPanel; half += W) {
+      U rows[W];
+      for (int64_t r = 0; r < W; ++r) {
+        const int64_t token = half + r;
+        rows[r] = token < count ? (U)permute_group(_mm512_loadu_si512(
+                                      x + tokens[token] * stride_x + at))
+                                : U{};
+      }
+      transpose(rows);
+      for (int64_t j = 0; j < W; ++j) {
+        std::memcpy(panel + ((at / 2 + j) * kPanel + half) * 2, &rows[j], sizeof rows[j]);
+      }
+    }
+  }
+}
+
+// Rows f .. f + 16 of a panel from sixteen rows of 32 values, whose columns are tokens.
+template <class Row>
+inline void pack_sixteen(bf16* panel, int64_t f, const Row& row) {
+  for (int pair = 0; pair < 8; ++pair) {
+    const int step = pair % 4, i = pair / 4;  // columns 8 i + step and 4 more
+    const int64_t at = f / 32 * 16 + step * 4 + f % 32 / 8 + i;
+    for (int half = 0; half < kPanel; half += W) {
+      const U a = __builtin_convertvector(narrow_bf16(row(8 * i + step, half)), U);
+      const U b = __builtin_convertvector(narrow_bf16(row(8 * i + step + 4, half)), U);
+      const U both = a | b << 16;
+      std::memcpy(panel + (at * kPanel + half) * 2, &both, sizeof both);
+    }
+  }
+}
+#endif
+
+inline void unpack(float* to, const Int4Rows& weights, int64_t row, int64_t first, int64_t last,
+                   float* scales) {
+  weights.scales(scales, row, first / kGroup, last / kGroup);
+  const uint32_t* words = weights.words(row) + first / 8;
+  U shifts;
+  for (int lane = 0; lane < W; ++lane) shifts[lane] = 4 * (lane % 8);
+  for (int64_t c = 0; c < last - first; c += W) {
+    U word = U{} + words[c / 8];
+    if constexpr (W == 16) {
+      for (int lane = 8; lane < W; ++lane) word[lane] = words[c / 8 + 1];
+    }
+    if constexpr (W == 4) word >>= 4 * static_cast<uint32_t>(c % 8);
+    const F q = __builtin_convertvector((I)((word >> shifts) & 15), F) - 8.0f;
+    store(to + c, q * scales[c / kGroup]);
+  }
+}
+
+template <class E>
+inline void unpack(float* to, const E* row, int64_t first, int64_t last, int64_t width) {
+  for (int64_t c = first; c < last; c += W) {
+    const int64_t n = std::clamp<int64_t>(width - c, 0, W);
+    store(to + c - first, n == W ? load(row + c) : n > 0 ? load_first(row + c, n) : F{});
+  }
+}
+
+template <class E>
+inline void pack_tokens(float* panel, const E* x, int64_t stride_x, const int32_t* tokens,
+                        int64_t count, int64_t columns) {
+  for (int64_t at = 0; at < columns; at += W) {
+    for (int64_t part = 0; part < kPanel; part += W) {
+      U rows[W];
+      for (int64_t r = 0; r < W; ++r) {
+        const int64_t token = part + r;
+        rows[r] = token < count ? (U)load(x + tokens[token] * stride_x + at) : U{};
+      }
+      transpose(rows);
+      for (int64_t j = 0; j < W; ++j) {
+        store(panel + (at + j) * kPanel + part, (F)rows[j]);
+      }
+    }
+  }
+}
+
+template <class Row>
+inline void pack_sixteen(float* panel, int64_t f, const Row& row) {
+  for (int r = 0; r < 16; ++r) {
+    for (int part = 0; part < kPanel; part += W) {
+      store(panel + (f + r) * kPanel + part, row(r, part));
+    }
+  }
+}
+
+// c[panel][row][token] = rows of weights x `count` panels of `depth` (rows of a panel).
+// `fill(to, row, first, last)` unpacks columns first .. last of the row-th of `rows` rows;
+// `scratch` holds kTileRows * kChunkStride of them.
+template <class O, class Fill>
+inline void multiply_panels(float* c, const O* panels, int64_t count, int64_t depth, int64_t rows,
+                            O* scratch, const Fill& fill) {
+  for (int64_t first = 0; first < depth; first += kChunk) {
+    const int64_t last = std::min(depth, first + kChunk);
+    for (int64_t r = 0; r < rows; ++r) fill(scratch + r * kChunkStride, r, first, last);
+    for (int64_t p = 0; p < count; ++p) {
+      multiply(c + p * kTileSize, kPanel, scratch, kChunkStride,
+               panels + (p * depth + first) * kPanel, rows, last - first, first > 0);
+    }
+  }
+}
+
+}  // namespace kimi::KIMI_ISA

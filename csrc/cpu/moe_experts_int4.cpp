@@ -1,0 +1,369 @@
+// y[t] = sum over k of weights[t, k] * down(silu(gate(x[t])) * up(x[t])) of expert ids[t, k], and the
+// shared expert's, on int4 weights as the checkpoint stores them.
+//
+// Three regions over a group of experts (one group, unless the tokens are thousands):
+//
+//   arrange   x of each expert's tokens in the form that its path reads
+//   gate_up   items of 32 hidden columns of an expert: gate and up rows together, SwiGLU, h
+//   down      items of 64 output columns, each through all experts in ascending order, summed in
+//             float32: no two threads add to one number, and the order is always the same
+//
+// An expert with few tokens is bound by memory: its weights are unpacked in registers and meet each
+// token's x there (int4.h). With more tokens its weights are unpacked into the cache, 32 rows at a
+// time, and multiplied with panels of 32 tokens (int4_many.h). Weights are read once per call.
+//
+// Bytes: the chosen experts' weights and scales, 24.8 MB each in Kimi K2.5. FLOP: 6 * tokens *
+// choices * depth * width.
+#include "cpu/moe_experts_int4_plan.h"
+#include "cpu/parallel.h"
+
+namespace kimi::KIMI_ISA {
+namespace {
+
+// The tensors and sizes of a call.
+template <class E>
+struct Call {
+  E* y;
+  const E* x;
+  int64_t stride_x, tokens, depth;
+  Int4Rows gate_up, down;  // of expert 0; the others are strides apart
+  int64_t stride_gate_up_e, stride_gate_up_scale_e, stride_down_e, stride_down_scale_e;
+  const E *shared_gate_up, *shared_down;
+  int64_t stride_shared_gate_up, stride_shared_down;
+
+  static Int4Rows of_expert(Int4Rows rows, int64_t expert, int64_t stride, int64_t stride_scale) {
+    rows.packed += expert * stride;
+    const int64_t bytes = rows.scale_dtype == KIMI_F32 ? 4 : 2;
+    rows.scale = static_cast<const char*>(rows.scale) + expert * stride_scale * bytes;
+    return rows;
+  }
+  Int4Rows gate_up_of(int64_t expert) const {
+    return of_expert(gate_up, expert, stride_gate_up_e, stride_gate_up_scale_e);
+  }
+  Int4Rows down_of(int64_t expert) const {
+    return of_expert(down, expert, stride_down_e, stride_down_scale_e);
+  }
+};
+
+// weights[0 .. width) . x[0 .. width) of a dense row, in 64 partial sums.
+template <class E, class O>
+float dot_dense(const E* weights, const O* x, int64_t width) {
+  constexpr int kVectors = 64 / W;
+  F totals[kVectors] = {};
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<E> && kPairs<O>) {
+    for (; i + 128 <= width; i += 128) {
+      for (int j = 0; j < 4; ++j) {
+        totals[j] = (F)_mm512_dpbf16_ps((__m512)totals[j],
+                                        (__m512bh)_mm512_loadu_si512(weights + i + 32 * j),
+                                        (__m512bh)_mm512_loadu_si512(x + i + 32 * j));
+      }
+    }
+  }
+#endif
+  for (; i + 64 <= width; i += 64) {
+    for (int j = 0; j < kVectors; ++j) totals[j] += load(weights + i + j * W) * load(x + i + j * W);
+  }
+  for_each_piece(width - i, [&](int64_t j, auto n) {
+    totals[j / W] += load_piece(weights + i + j, n) * load_piece(x + i + j, n);
+  });
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) totals[j] += totals[j + half];
+  }
+  return sum(totals[0]);
+}
+
+inline float silu_times(float gate, float up) { return silu(splat(gate))[0] * up; }
+
+template <class E>
+class Experts {
+  using O = Int4Operand<E>;
+
+ public:
+  Experts(const kimi_team* team, const Call<E>& call, Plan& plan)
+      : team_(team),
+        call_(call),
+        plan_(plan),
+        workspace_(place_segments<O>(plan, call.depth)),
+        total_(call.tokens * call.depth) {}
+
+  void run() {
+    for (size_t group = 0; group + 1 < plan_.groups.size(); ++group) {
+      const Segment* first = plan_.segments.data() + plan_.groups[group];
+      const Segment* last = plan_.segments.data() + plan_.groups[group + 1];
+      arrange_all(first, last);
+      gate_up(first, last);
+      down(first, last, group == 0, group + 2 == plan_.groups.size());
+    }
+  }
+
+ private:
+  static constexpr int64_t kHidden = 32;   // hidden columns of an item
+  static constexpr int64_t kColumns = 64;  // output columns of an item
+
+  // A unit of work within a segment.
+  struct Item {
+    const Segment* segment;
+    int64_t at;
+  };
+
+  static std::vector<Item> items_of(const Segment* first, const Segment* last, auto&& count) {
+    std::vector<Item> items;
+    for (const Segment* segment = first; segment != last; ++segment) {
+      for (int64_t at = 0; at < count(*segment); ++at) items.push_back({segment, at});
+    }
+    return items;
+  }
+
+  O* x_of(const Segment& s, int64_t slot) const {
+    const int64_t size = s.many ? call_.depth : arranged_size<O>(call_.depth);
+    return workspace_.get() + s.x_at + slot * size;
+  }
+  static int64_t hidden_depth(const Segment& s) { return (s.width + kGroup - 1) / kGroup * kGroup; }
+  O* h_of(const Segment& s, int64_t slot) const {
+    const int64_t size = s.many ? hidden_depth(s) : arranged_size<O>(hidden_depth(s));
+    return workspace_.get() + s.h_at + slot * size;
+  }
+
+  // An item is a panel of tokens, or a token. The shared expert's rows take x as it is.
+  void arrange_all(const Segment* first, const Segment* last) {
+    const auto items = items_of(first, last, [](const Segment& s) {
+      return s.many ? s.panels() : s.expert == Segment::kShared ? 0 : s.count;
+    });
+    for_each_item(team_, static_cast<int64_t>(items.size()), [&](int64_t i) {
+      const auto& [segment, at] = items[i];
+      const int32_t* tokens = plan_.tokens.data() + segment->first;
+      if (segment->many) {
+        const int64_t slot = at * kPanel;
+        pack_tokens(x_of(*segment, slot), call_.x, call_.stride_x, tokens + slot,
+                    std::min<int64_t>(kPanel, segment->count - slot), call_.depth);
+      } else {
+        arrange(x_of(*segment, at), call_.x + tokens[at] * call_.stride_x, call_.depth);
+        O* h = h_of(*segment, at);
+        std::fill(h, h + arranged_size<O>(segment->width), O{});
+      }
+    });
+  }
+
+  void gate_up(const Segment* first, const Segment* last) {
+    const auto items = items_of(first, last, [](const Segment& s) {
+      return (s.width + kHidden - 1) / kHidden;
+    });
+    int64_t most = 0;
+    for (const Segment* s = first; s != last; ++s) most = std::max(most, s->many * s->panels());
+    run_items(team_, static_cast<int64_t>(items.size()), [&](Items& queue) {
+      const Tiles tiles;
+      Buffer<float> scales(2 * (call_.depth / kGroup) + kChunk), results(most * kTileSize);
+      Buffer<O> scratch(most > 0 ? kTileRows * kChunkStride : 0);
+      for (int64_t i; queue.take(i);) {
+        const auto& [segment, at] = items[i];
+        const int64_t f = at * kHidden;
+        if (segment->many) {
+          for (int64_t part = f; part < std::min(f + kHidden, hidden_depth(*segment)); part += 16) {
+            gate_up_many(*segment, part, results.get(), scratch.get(), scales.get());
+          }
+        } else {
+          gate_up_few(*segment, f, std::min(f + kHidden, segment->width), scales.get());
+        }
+      }
+    });
+  }
+
+  void gate_up_few(const Segment& s, int64_t first, int64_t last, float* scales) {
+    const int32_t* tokens = plan_.tokens.data() + s.first;
+    if (s.expert == Segment::kShared) {
+      const E* rows = call_.shared_gate_up;
+      for (int64_t f = first; f < last; ++f) {
+        for (int64_t t = 0; t < s.count; ++t) {
+          const E* x = call_.x + tokens[t] * call_.stride_x;
+          const int64_t stride = call_.stride_shared_gate_up;
+          const float gate = dot_dense(rows + f * stride, x, call_.depth);
+          const float up = dot_dense(rows + (s.width + f) * stride, x, call_.depth);
+          h_of(s, t)[f] = narrow<O>(silu_times(gate, up));
+        }
+      }
+      return;
+    }
+    const Int4Rows rows = call_.gate_up_of(s.expert);
+    for (int64_t f = first; f < last; ++f) {
+      for_few(s.count, [&]<int T>(std::integral_constant<int, T>, int64_t from) {
+        const O* x[T];
+        for (int t = 0; t < T; ++t) x[t] = x_of(s, from + t);
+        float products[2][T];
+        dot_rows<2, T>(products, rows, {f, s.width + f}, x, scales);
+        for (int t = 0; t < T; ++t) {
+          h_of(s, from + t)[arranged_position<O>(f)] =
+              narrow<O>(silu_times(products[0][t], products[1][t]));
+        }
+      });
+    }
+  }
+
+  // Hidden columns f .. f + 16: their gate rows and their up rows are the 32 of one tile.
+  void gate_up_many(const Segment& s, int64_t f, float* results, O* scratch, float* scales) {
+    const Int4Rows rows = s.expert == Segment::kShared ? Int4Rows{} : call_.gate_up_of(s.expert);
+    auto fill = [&](O* to, int64_t r, int64_t first, int64_t last) {
+      const int64_t column = f + r % 16, row = r < 16 ? column : s.width + column;
+      if (s.expert != Segment::kShared) {
+        unpack(to, rows, row, first, last, scales);
+      } else if (column < s.width) {
+        unpack(to, call_.shared_gate_up + row * call_.stride_shared_gate_up, first, last,
+               call_.depth);
+      } else {
+        std::fill(to, to + (last - first), O{});
+      }
+    };
+    multiply_panels(results, x_of(s, 0), s.panels(), call_.depth, kTileRows, scratch, fill);
+    for (int64_t p = 0; p < s.panels(); ++p) {
+      const float* c = results + p * kTileSize;
+      pack_sixteen(h_of(s, p * kPanel), f, [&](int row, int column) {
+        const F gate = load(c + row * kPanel + column);
+        return silu(gate) * load(c + (16 + row) * kPanel + column);
+      });
+    }
+  }
+
+  void down(const Segment* first, const Segment* last, bool is_first, bool is_last) {
+    int64_t most = 0, widest = 0;
+    for (const Segment* s = first; s != last; ++s) {
+      most = std::max(most, s->many * s->panels());
+      widest = std::max(widest, hidden_depth(*s));
+    }
+    const int64_t items = (call_.depth + kColumns - 1) / kColumns;
+    run_items(team_, items, [&](Items& queue) {
+      const Tiles tiles;
+      Buffer<float> scales(2 * (widest / kGroup) + kChunk), results((most + 1) * kTileSize);
+      Buffer<O> scratch(most > 0 ? kTileRows * kChunkStride : 0);
+      for (int64_t i; queue.take(i);) {
+        const int64_t d = i * kColumns, end = std::min(d + kColumns, call_.depth);
+        if (is_first) {
+          for (int64_t t = 0; t < call_.tokens; ++t) {
+            std::fill(&total_[t * call_.depth + d], &total_[t * call_.depth + d] + (end - d), 0.0f);
+          }
+        }
+        for (const Segment* s = first; s != last; ++s) {
+          if (s->many) {
+            for (int64_t part = d; part < end; part += kTileRows) {
+              down_many(*s, part, results.get(), scratch.get(), scales.get());
+            }
+          } else {
+            down_few(*s, d, end, scales.get());
+          }
+        }
+        if (is_last) {
+          for (int64_t t = 0; t < call_.tokens; ++t) {
+            const float* from = &total_[t * call_.depth + d];
+            E* to = call_.y + t * call_.depth + d;
+            for_each_piece(end - d, [&](int64_t j, auto n) {
+              store_piece(to + j, load_piece(from + j, n), n);
+            });
+          }
+        }
+      }
+    });
+  }
+
+  float& total_of(const Segment& s, int64_t slot, int64_t d) {
+    return total_[plan_.tokens[s.first + slot] * call_.depth + d];
+  }
+
+  void down_few(const Segment& s, int64_t first, int64_t last, float* scales) {
+    const float* weights = plan_.weights.data() + s.first;
+    if (s.expert == Segment::kShared) {
+      for (int64_t d = first; d < last; ++d) {
+        const E* row = call_.shared_down + d * call_.stride_shared_down;
+        for (int64_t t = 0; t < s.count; ++t) {
+          total_of(s, t, d) += dot_dense(row, h_of(s, t), s.width);
+        }
+      }
+      return;
+    }
+    const Int4Rows rows = call_.down_of(s.expert);
+    for (int64_t d = first; d < last; d += 2) {
+      for_few(s.count, [&]<int T>(std::integral_constant<int, T>, int64_t from) {
+        const O* h[T];
+        for (int t = 0; t < T; ++t) h[t] = h_of(s, from + t);
+        float products[2][T];
+        dot_rows<2, T>(products, rows, {d, d + 1}, h, scales);
+        for (int t = 0; t < T; ++t) {
+          total_of(s, from + t, d) += weights[from + t] * products[0][t];
+          total_of(s, from + t, d + 1) += weights[from + t] * products[1][t];
+        }
+      });
+    }
+  }
+
+  void down_many(const Segment& s, int64_t d, float* results, O* scratch, float* scales) {
+    const Int4Rows rows = s.expert == Segment::kShared ? Int4Rows{} : call_.down_of(s.expert);
+    auto fill = [&](O* to, int64_t r, int64_t first, int64_t last) {
+      if (s.expert != Segment::kShared) {
+        unpack(to, rows, d + r, first, last, scales);
+      } else {
+        unpack(to, call_.shared_down + (d + r) * call_.stride_shared_down, first, last, s.width);
+      }
+    };
+    multiply_panels(results, h_of(s, 0), s.panels(), hidden_depth(s), kTileRows, scratch, fill);
+    float* rows_of_tokens = results + s.panels() * kTileSize;
+    for (int64_t p = 0; p < s.panels(); ++p) {
+      transpose_words(reinterpret_cast<uint32_t*>(rows_of_tokens),
+                      reinterpret_cast<const uint32_t*>(results + p * kTileSize), kPanel, kTileRows,
+                      kPanel);
+      for (int64_t slot = p * kPanel; slot < std::min(s.count, (p + 1) * kPanel); ++slot) {
+        const F weight = splat(plan_.weights[s.first + slot]);
+        float* to = &total_of(s, slot, d);
+        const float* from = rows_of_tokens + slot % kPanel * kPanel;
+        for (int j = 0; j < kTileRows; j += W) store(to + j, load(to + j) + weight * load(from + j));
+      }
+    }
+  }
+
+  const kimi_team* team_;
+  const Call<E>& call_;
+  const Plan& plan_;
+  Buffer<O> workspace_;
+  Buffer<float> total_;  // [tokens, depth]
+};
+
+}  // namespace
+}  // namespace kimi::KIMI_ISA
+
+extern "C" int KIMI_NAME(moe_experts_int4)(
+    const kimi_team* team, int64_t dtype, void* y, const void* x, const void* gate_up_packed,
+    const void* gate_up_scale, const void* down_packed, const void* down_scale,
+    const float* weights, const int32_t* ids, const void* shared_gate_up, const void* shared_down,
+    int64_t tokens, int64_t depth, int64_t width, int64_t experts, int64_t choices,
+    int64_t shared_width, int64_t first_expert, int64_t stride_x, int64_t stride_gate_up_e,
+    int64_t stride_gate_up, int64_t stride_gate_up_scale_e, int64_t stride_gate_up_scale,
+    int64_t stride_down_e, int64_t stride_down, int64_t stride_down_scale_e,
+    int64_t stride_down_scale, int64_t stride_shared_gate_up, int64_t stride_shared_down,
+    int64_t scale_dtype, int64_t one_path) {
+  using namespace kimi::KIMI_ISA;
+  return entry([&] {
+    Plan plan = make_plan(ids, weights, tokens, choices, experts, first_expert, width, shared_width,
+                          one_path != 0);
+    with_element(dtype, [&](auto element) {
+      using E = decltype(element);
+      const Call<E> call = {
+          .y = static_cast<E*>(y),
+          .x = static_cast<const E*>(x),
+          .stride_x = stride_x,
+          .tokens = tokens,
+          .depth = depth,
+          .gate_up = {static_cast<const uint32_t*>(gate_up_packed), stride_gate_up, gate_up_scale,
+                      stride_gate_up_scale, scale_dtype, depth / kGroup},
+          .down = {static_cast<const uint32_t*>(down_packed), stride_down, down_scale,
+                   stride_down_scale, scale_dtype, width / kGroup},
+          .stride_gate_up_e = stride_gate_up_e,
+          .stride_gate_up_scale_e = stride_gate_up_scale_e,
+          .stride_down_e = stride_down_e,
+          .stride_down_scale_e = stride_down_scale_e,
+          .shared_gate_up = static_cast<const E*>(shared_gate_up),
+          .shared_down = static_cast<const E*>(shared_down),
+          .stride_shared_gate_up = stride_shared_gate_up,
+          .stride_shared_down = stride_shared_down,
+      };
+      Experts<E>(team, call, plan).run();
+    });
+  });
+}
