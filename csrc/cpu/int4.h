@@ -40,12 +40,27 @@ struct Int4Rows {
 
   const uint32_t* words(int64_t row) const { return packed + row * stride_packed; }
 
-  // The scales of groups first .. last of a row as float32.
-  void scales(float* to, int64_t row, int64_t first, int64_t last) const {
+  // Fetches what unpacking columns column .. column + 128 of this row will lead to: the columns 512
+  // further on, or after the row's end those of the row `rows_ahead` below.
+  void prefetch(int64_t row, int64_t column, int64_t rows_ahead) const {
+    column += 512;
+    if (column >= groups * kGroup) {
+      column -= groups * kGroup;
+      row += rows_ahead;
+    }
+    __builtin_prefetch(words(row) + column / 8);
+    if (column % 512 == 0) {
+      const int64_t bytes = scale_dtype == KIMI_F32 ? 4 : 2;
+      __builtin_prefetch(static_cast<const char*>(scale) +
+                         (row * stride_scale + column / kGroup) * bytes);
+    }
+  }
+
+  // The scales of a row as float32.
+  void scales(float* to, int64_t row) const {
     with_element(scale_dtype, [&](auto element) {
-      const auto* from =
-          static_cast<const decltype(element)*>(scale) + row * stride_scale + first;
-      for_each_piece(last - first, [&](int64_t i, auto n) {
+      const auto* from = static_cast<const decltype(element)*>(scale) + row * stride_scale;
+      for_each_piece(groups, [&](int64_t i, auto n) {
         store_piece(to + i, load_piece(from + i, n), n);
       });
     });
@@ -141,7 +156,7 @@ inline void dot_rows(float (&results)[R][T], const Int4Rows& weights, const int6
   const uint32_t* words[R];
   for (int r = 0; r < R; ++r) {
     words[r] = weights.words(rows[r]);
-    weights.scales(scratch + r * weights.groups, rows[r], 0, weights.groups);
+    weights.scales(scratch + r * weights.groups, rows[r]);
   }
   F totals[R][T] = {};
   constexpr int64_t kGroups = W / kGroupWords;
@@ -170,10 +185,13 @@ inline void dot_rows(float (&results)[R][T], const Int4Rows& weights, const int6
   }
 }
 
-// Calls body<T>(first) for pieces of 0 .. count of 4, 2 and 1.
+// Calls body<T>(first) for pieces of 0 .. count of 8, 4, 2 and 1.
 template <class Body>
 inline void for_few(int64_t count, const Body& body) {
   int64_t first = 0;
+  if constexpr (W == 16) {
+    for (; first + 8 <= count; first += 8) body(std::integral_constant<int, 8>(), first);
+  }
   for (; first + 4 <= count; first += 4) body(std::integral_constant<int, 4>(), first);
   for (; first + 2 <= count; first += 2) body(std::integral_constant<int, 2>(), first);
   for (; first < count; ++first) body(std::integral_constant<int, 1>(), first);

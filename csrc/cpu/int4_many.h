@@ -13,10 +13,10 @@
 
 namespace kimi::KIMI_ISA {
 
-inline constexpr int64_t kChunk = 512;                   // columns unpacked at a time
-inline constexpr int64_t kChunkStride = kChunk + 32;     // rows apart by no power of two
-inline constexpr int64_t kTileRows = 32;                 // rows of weights at a time
+inline constexpr int64_t kChunk = 512;                    // columns unpacked at a time
+inline constexpr int64_t kTileRows = 32;                  // rows of weights at a time
 inline constexpr int64_t kTileSize = kTileRows * kPanel;  // of a result of one panel
+inline constexpr int64_t kScratch = kTileRows * (kChunk + 32);  // of unpacked weights
 
 #if defined(__AVX512BF16__)
 // 32 columns of a group in the order of their nibbles, from their natural one.
@@ -26,10 +26,11 @@ inline __m512i permute_group(__m512i x) {
   return _mm512_permutexvar_epi16(_mm512_loadu_si512(kFrom), x);
 }
 
-// Columns first .. last (of whole groups) of a row, scaled and rounded. `scales` has room for them.
-inline void unpack(bf16* to, const Int4Rows& weights, int64_t row, int64_t first, int64_t last,
-                   float* scales) {
-  weights.scales(scales, row, first / kGroup, last / kGroup);
+// Columns first .. last (of whole groups) of a row, scaled and rounded, groups `stride` apart.
+// `scales` are the row's, of all of its groups.
+inline void unpack(bf16* to, int64_t stride, const Int4Rows& weights, int64_t row, int64_t first,
+                   int64_t last, const float* scales) {
+  scales += first / kGroup;
   const uint32_t* words = weights.words(row) + first / 8;
   const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   const __m512i low = _mm512_set1_epi16(15);
@@ -43,17 +44,19 @@ inline void unpack(bf16* to, const Int4Rows& weights, int64_t row, int64_t first
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(words + group * kGroupWords));
     const __m512i index =
         _mm512_and_si512(_mm512_srlv_epi16(_mm512_broadcast_i32x4(nibbles), shifts), low);
-    _mm512_storeu_si512(to + group * kGroup,
+    _mm512_storeu_si512(to + group * stride,
                         _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(table)));
   }
 }
 
 // The same columns of a row of `width` bf16, with 0 after its end.
-inline void unpack(bf16* to, const bf16* row, int64_t first, int64_t last, int64_t width) {
+inline void unpack(bf16* to, int64_t stride, const bf16* row, int64_t first, int64_t last,
+                   int64_t width) {
   for (int64_t c = first; c < last; c += kGroup) {
     const int64_t n = std::clamp<int64_t>(width - c, 0, kGroup);
     const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
-    _mm512_storeu_si512(to + c - first, permute_group(_mm512_maskz_loadu_epi16(mask, row + c)));
+    _mm512_storeu_si512(to + (c - first) / kGroup * stride,
+                        permute_group(_mm512_maskz_loadu_epi16(mask, row + c)));
   }
 }
 
@@ -93,9 +96,9 @@ inline void pack_sixteen(bf16* panel, int64_t f, const Row& row) {
 }
 #endif
 
-inline void unpack(float* to, const Int4Rows& weights, int64_t row, int64_t first, int64_t last,
-                   float* scales) {
-  weights.scales(scales, row, first / kGroup, last / kGroup);
+inline void unpack(float* to, int64_t, const Int4Rows& weights, int64_t row, int64_t first,
+                   int64_t last, const float* scales) {
+  scales += first / kGroup;
   const uint32_t* words = weights.words(row) + first / 8;
   U shifts;
   for (int lane = 0; lane < W; ++lane) shifts[lane] = 4 * (lane % 8);
@@ -111,7 +114,7 @@ inline void unpack(float* to, const Int4Rows& weights, int64_t row, int64_t firs
 }
 
 template <class E>
-inline void unpack(float* to, const E* row, int64_t first, int64_t last, int64_t width) {
+inline void unpack(float* to, int64_t, const E* row, int64_t first, int64_t last, int64_t width) {
   for (int64_t c = first; c < last; c += W) {
     const int64_t n = std::clamp<int64_t>(width - c, 0, W);
     store(to + c - first, n == W ? load(row + c) : n > 0 ? load_first(row + c, n) : F{});
@@ -145,18 +148,72 @@ inline void pack_sixteen(float* panel, int64_t f, const Row& row) {
   }
 }
 
-// c[panel][row][token] = rows of weights x `count` panels of `depth` (rows of a panel).
-// `fill(to, row, first, last)` unpacks columns first .. last of the row-th of `rows` rows;
-// `scratch` holds kTileRows * kChunkStride of them.
+#if defined(__AMX_BF16__)
+// multiply_panels() of one panel, of which the first 16 columns or all are wanted. The weights of a
+// step are unpacked while the tiles of the step before are multiplied: two units that do not wait for
+// each other, and what lies between them stays in the first cache.
+template <bool kBoth, class Fill>
+inline void multiply_panel(float* c, const bf16* panel, int64_t depth, bf16* scratch,
+                           const Fill& fill) {
+  constexpr int64_t kStep = 128, kTile = kTileRows * kGroup;  // a group of all rows
+  static_assert(2 * kStep * kTileRows <= kScratch);
+  auto unpack_step = [&](int64_t first) {
+    bf16* to = scratch + first / kStep % 2 * kStep * kTileRows;
+    const int64_t last = std::min(depth, first + kStep);
+    for (int64_t r = 0; r < kTileRows; ++r) fill(to + r * kGroup, kTile, r, first, last);
+  };
+  _tile_zero(0);
+  _tile_zero(2);
+  if constexpr (kBoth) {
+    _tile_zero(1);
+    _tile_zero(3);
+  }
+  unpack_step(0);
+  for (int64_t first = 0; first < depth; first += kStep) {
+    if (first + kStep < depth) unpack_step(first + kStep);
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // as in product.h
+    const bf16* a = scratch + first / kStep % 2 * kStep * kTileRows;
+    for (int64_t k = first; k < std::min(depth, first + kStep); k += kGroup, a += kTile) {
+      _tile_loadd(4, a, kGroup * 2);
+      _tile_loadd(5, a + kTile / 2, kGroup * 2);
+      _tile_loadd(6, panel + k * kPanel, kPanel * 4);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kBoth) {
+        _tile_loadd(7, panel + k * kPanel + 32, kPanel * 4);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, c, kPanel * 4);
+  _tile_stored(2, c + 16 * kPanel, kPanel * 4);
+  if constexpr (kBoth) {
+    _tile_stored(1, c + 16, kPanel * 4);
+    _tile_stored(3, c + 16 * kPanel + 16, kPanel * 4);
+  }
+}
+#endif
+
+// c[panel][row][token] = 32 rows of weights x the panels of `tokens` tokens, `depth` long. Columns of
+// c past the last token are anything. `fill(to, stride, row, first, last)` unpacks columns
+// first .. last of a row; `scratch` holds kScratch of them.
 template <class O, class Fill>
-inline void multiply_panels(float* c, const O* panels, int64_t count, int64_t depth, int64_t rows,
-                            O* scratch, const Fill& fill) {
+inline void multiply_panels(float* c, const O* panels, int64_t tokens, int64_t depth, O* scratch,
+                            const Fill& fill) {
+#if defined(__AMX_BF16__)
+  if constexpr (kPairs<O>) {
+    if (tokens <= 16) return multiply_panel<false>(c, panels, depth, scratch, fill);
+    if (tokens <= kPanel) return multiply_panel<true>(c, panels, depth, scratch, fill);
+  }
+#endif
+  constexpr int64_t kStride = kScratch / kTileRows;  // rows apart by no power of two
   for (int64_t first = 0; first < depth; first += kChunk) {
     const int64_t last = std::min(depth, first + kChunk);
-    for (int64_t r = 0; r < rows; ++r) fill(scratch + r * kChunkStride, r, first, last);
-    for (int64_t p = 0; p < count; ++p) {
-      multiply(c + p * kTileSize, kPanel, scratch, kChunkStride,
-               panels + (p * depth + first) * kPanel, rows, last - first, first > 0);
+    for (int64_t r = 0; r < kTileRows; ++r) fill(scratch + r * kStride, kGroup, r, first, last);
+    for (int64_t p = 0; p * kPanel < tokens; ++p) {
+      multiply(c + p * kTileSize, kPanel, scratch, kStride, panels + (p * depth + first) * kPanel,
+               kTileRows, last - first, first > 0);
     }
   }
 }

@@ -154,8 +154,8 @@ class Experts {
     for (const Segment* s = first; s != last; ++s) most = std::max(most, s->many * s->panels());
     run_items(team_, static_cast<int64_t>(items.size()), [&](Items& queue) {
       const Tiles tiles;
-      Buffer<float> scales(2 * (call_.depth / kGroup) + kChunk), results(most * kTileSize);
-      Buffer<O> scratch(most > 0 ? kTileRows * kChunkStride : 0);
+      Buffer<float> scales(kTileRows * (call_.depth / kGroup)), results(most * kTileSize);
+      Buffer<O> scratch(most > 0 ? kScratch : 0);
       for (int64_t i; queue.take(i);) {
         const auto& [segment, at] = items[i];
         const int64_t f = at * kHidden;
@@ -202,19 +202,26 @@ class Experts {
 
   // Hidden columns f .. f + 16: their gate rows and their up rows are the 32 of one tile.
   void gate_up_many(const Segment& s, int64_t f, float* results, O* scratch, float* scales) {
-    const Int4Rows rows = s.expert == Segment::kShared ? Int4Rows{} : call_.gate_up_of(s.expert);
-    auto fill = [&](O* to, int64_t r, int64_t first, int64_t last) {
-      const int64_t column = f + r % 16, row = r < 16 ? column : s.width + column;
-      if (s.expert != Segment::kShared) {
-        unpack(to, rows, row, first, last, scales);
-      } else if (column < s.width) {
-        unpack(to, call_.shared_gate_up + row * call_.stride_shared_gate_up, first, last,
-               call_.depth);
+    const bool shared = s.expert == Segment::kShared;
+    const Int4Rows rows = shared ? Int4Rows{} : call_.gate_up_of(s.expert);
+    auto row_of = [&](int64_t r) { return r < 16 ? f + r : s.width + f + r - 16; };
+    for (int64_t r = 0; r < kTileRows && !shared; ++r) {
+      rows.scales(scales + r * rows.groups, row_of(r));
+    }
+    auto fill = [&](O* to, int64_t stride, int64_t r, int64_t first, int64_t last) {
+      if (!shared) {
+        rows.prefetch(row_of(r), first, 16);
+        unpack(to, stride, rows, row_of(r), first, last, scales + r * rows.groups);
+      } else if (f + r % 16 < s.width) {
+        unpack(to, stride, call_.shared_gate_up + row_of(r) * call_.stride_shared_gate_up, first,
+               last, call_.depth);
       } else {
-        std::fill(to, to + (last - first), O{});
+        for (int64_t c = first; c < last; c += kGroup) {
+          std::fill_n(to + (c - first) / kGroup * stride, kGroup, O{});
+        }
       }
     };
-    multiply_panels(results, x_of(s, 0), s.panels(), call_.depth, kTileRows, scratch, fill);
+    multiply_panels(results, x_of(s, 0), s.count, call_.depth, scratch, fill);
     for (int64_t p = 0; p < s.panels(); ++p) {
       const float* c = results + p * kTileSize;
       pack_sixteen(h_of(s, p * kPanel), f, [&](int row, int column) {
@@ -233,8 +240,8 @@ class Experts {
     const int64_t items = (call_.depth + kColumns - 1) / kColumns;
     run_items(team_, items, [&](Items& queue) {
       const Tiles tiles;
-      Buffer<float> scales(2 * (widest / kGroup) + kChunk), results((most + 1) * kTileSize);
-      Buffer<O> scratch(most > 0 ? kTileRows * kChunkStride : 0);
+      Buffer<float> scales(kTileRows * (widest / kGroup)), results((most + 1) * kTileSize);
+      Buffer<O> scratch(most > 0 ? kScratch : 0);
       for (int64_t i; queue.take(i);) {
         const int64_t d = i * kColumns, end = std::min(d + kColumns, call_.depth);
         if (is_first) {
@@ -295,15 +302,20 @@ class Experts {
   }
 
   void down_many(const Segment& s, int64_t d, float* results, O* scratch, float* scales) {
-    const Int4Rows rows = s.expert == Segment::kShared ? Int4Rows{} : call_.down_of(s.expert);
-    auto fill = [&](O* to, int64_t r, int64_t first, int64_t last) {
-      if (s.expert != Segment::kShared) {
-        unpack(to, rows, d + r, first, last, scales);
+    const bool shared = s.expert == Segment::kShared;
+    const Int4Rows rows = shared ? Int4Rows{} : call_.down_of(s.expert);
+    for (int64_t r = 0; r < kTileRows && !shared; ++r) {
+      rows.scales(scales + r * rows.groups, d + r);
+    }
+    auto fill = [&](O* to, int64_t stride, int64_t r, int64_t first, int64_t last) {
+      if (!shared) {
+        rows.prefetch(d + r, first, kTileRows);
+        unpack(to, stride, rows, d + r, first, last, scales + r * rows.groups);
       } else {
-        unpack(to, call_.shared_down + (d + r) * call_.stride_shared_down, first, last, s.width);
+        unpack(to, stride, call_.shared_down + (d + r) * call_.stride_shared_down, first, last, s.width);
       }
     };
-    multiply_panels(results, h_of(s, 0), s.panels(), hidden_depth(s), kTileRows, scratch, fill);
+    multiply_panels(results, h_of(s, 0), s.count, hidden_depth(s), scratch, fill);
     float* rows_of_tokens = results + s.panels() * kTileSize;
     for (int64_t p = 0; p < s.panels(); ++p) {
       transpose_words(reinterpret_cast<uint32_t*>(rows_of_tokens),
