@@ -40,10 +40,10 @@ typedef struct {
   int64_t inner, stride_outer, stride_inner;
 } kimi_rows;
 
-#define KIMI_OP(op, ...)                                                     \
-  KIMI_EXPORT int kimi_##op##_amx(const kimi_team* team, __VA_ARGS__);       \
-  KIMI_EXPORT int kimi_##op##_avx512(const kimi_team* team, __VA_ARGS__);    \
-  KIMI_EXPORT int kimi_##op##_avx2(const kimi_team* team, __VA_ARGS__);      \
+#define KIMI_OP(op, ...)                                                  \
+  KIMI_EXPORT int kimi_##op##_amx(const kimi_team* team, __VA_ARGS__);    \
+  KIMI_EXPORT int kimi_##op##_avx512(const kimi_team* team, __VA_ARGS__); \
+  KIMI_EXPORT int kimi_##op##_avx2(const kimi_team* team, __VA_ARGS__);   \
   KIMI_EXPORT int kimi_##op##_scalar(const kimi_team* team, __VA_ARGS__)
 
 #ifdef __cplusplus

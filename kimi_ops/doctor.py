@@ -127,9 +127,10 @@ def _print(found: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         console.print("cuda: torch sees no device", highlight=False)
     library = found["cpu_library"]
+    threads = "threads of torch" if library["threads_of_torch"] else "threads of its own"
+    sets = ", ".join(library["instruction_sets"])
     state = library["missing"] or (
-        f"instruction set {library['instruction_set']} (of {', '.join(library['instruction_sets'])}), "
-        + ("on torch's threads" if library["threads_of_torch"] else "on threads of its own")
+        f"instruction set {library['instruction_set']} (of {sets}), on {threads}"
     )
     console.print(f"CPU library: {state}", highlight=False)
     console.print(f"  compiler {library['compiler']}, cmake {library['cmake']}", highlight=False)

@@ -61,8 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the argument ``backend`` or ``case`` runs for each of the module's ``OP``.
 
-    On the CPU its library runs with each instruction set, and the backends of a GPU in each way that
-    there is without one.
+    On the CPU its library runs with each instruction set, and the backends of a GPU in each way
+    that there is without one.
     """
     op = getattr(metafunc.module, "OP", None)
     if "backend" in metafunc.fixturenames:

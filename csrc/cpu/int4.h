@@ -1,16 +1,16 @@
 // Weights of int4 in groups of 32, as the checkpoint stores them, times few rows of x.
 //
-// A row of weights is words of 32 bits; column c is nibble c % 8 (lowest first) of word c / 8, stored
-// plus 8, and column c's scale is that of group c / 32 (4 words). Nobody copies the weights: a vector
-// of W words is loaded as it lies, its nibbles become numbers by shifting and masking, and x is
-// rearranged to match, once per call.
+// A row of weights is words of 32 bits; column c is nibble c % 8 (lowest first) of word c / 8,
+// stored plus 8, and column c's scale is that of group c / 32 (4 words). Nobody copies the weights:
+// a vector of W words is loaded as it lies, its nibbles become numbers by shifting and masking, and
+// x is rearranged to match, once per call.
 //
 //   float   block of W words: vector j (of 8) holds nibble j of every word      x[8 w + j]
 //   bf16    block of 16 words, taken as 32 halves: vector j (of 4) holds nibble j of every half,
 //           looked up in a table of bf16; VDPBF16PS adds two halves of a word    x[4 h + j]
 //
-// Either way lane w of a sum holds columns of word w, so that one vector of scales, each four times,
-// finishes a block. The products are exact, the sums float32.
+// Either way lane w of a sum holds columns of word w, so that one vector of scales, each four
+// times, finishes a block. The products are exact, the sums float32.
 #pragma once
 
 #include "cpu/math.h"
@@ -60,9 +60,8 @@ struct Int4Rows {
   void scales(float* to, int64_t row) const {
     with_element(scale_dtype, [&](auto element) {
       const auto* from = static_cast<const decltype(element)*>(scale) + row * stride_scale;
-      for_each_piece(groups, [&](int64_t i, auto n) {
-        store_piece(to + i, load_piece(from + i, n), n);
-      });
+      for_each_piece(groups,
+                     [&](int64_t i, auto n) { store_piece(to + i, load_piece(from + i, n), n); });
     });
   }
 };
@@ -115,32 +114,46 @@ inline U load_words(const uint32_t* p) {
   return words;
 }
 
-// sums[t] += the products of one block of weights with tokens' x, lane w those of word w.
-template <int T>
-inline void add_block(F (&sums)[T], U words, const float* const (&x)[T], int64_t at) {
+// sums[r][t] += the products of a block of R rows' weights with T tokens' x, lane w those of word
+// w. What is loaded of x serves all rows: x of several tokens comes from the second cache.
+template <int R, int T>
+inline void add_block(F (&sums)[R][T], const U (&words)[R], const float* const (&x)[T],
+                      int64_t at) {
   for (int j = 0; j < 8; ++j) {
-    const F q = __builtin_convertvector((I)((words >> (4 * j)) & 15), F) - 8.0f;
-    for (int t = 0; t < T; ++t) sums[t] += q * load(x[t] + at + j * W);
+    F q[R];
+    for (int r = 0; r < R; ++r) {
+      q[r] = __builtin_convertvector((I)((words[r] >> (4 * j)) & 15), F) - 8.0f;
+    }
+    for (int t = 0; t < T; ++t) {
+      const F xs = load(x[t] + at + j * W);
+      for (int r = 0; r < R; ++r) sums[r][t] += q[r] * xs;
+    }
   }
 }
 
 #if defined(__AVX512BF16__)
-template <int T>
-inline void add_block(F (&sums)[T], U words, const bf16* const (&x)[T], int64_t at) {
+template <int R, int T>
+inline void add_block(F (&sums)[R][T], const U (&words)[R], const bf16* const (&x)[T], int64_t at) {
   // -8 .. 7 as bf16, twice: the look-up takes five bits, of which the highest is the next nibble's.
   static constexpr uint16_t kTable[32] = {
       0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
       0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
       0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-  const __m512i table = _mm512_loadu_si512(kTable), halves = (__m512i)words;
-  const __m512i q[4] = {_mm512_permutexvar_epi16(halves, table),
-                        _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 4), table),
-                        _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 8), table),
-                        _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 12), table)};
-  for (int t = 0; t < T; ++t) {
-    for (int j = 0; j < 4; ++j) {
+  const __m512i table = _mm512_loadu_si512(kTable);
+  __m512i q[R][4];
+  for (int r = 0; r < R; ++r) {
+    const auto halves = (__m512i)words[r];
+    q[r][0] = _mm512_permutexvar_epi16(halves, table);
+    q[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 4), table);
+    q[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 8), table);
+    q[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 12), table);
+  }
+  for (int j = 0; j < 4; ++j) {
+    for (int t = 0; t < T; ++t) {
       const auto xs = (__m512bh)_mm512_loadu_si512(x[t] + at + j * 32);
-      sums[t] = (F)_mm512_dpbf16_ps((__m512)sums[t], (__m512bh)q[j], xs);
+      for (int r = 0; r < R; ++r) {
+        sums[r][t] = (F)_mm512_dpbf16_ps((__m512)sums[r][t], (__m512bh)q[r][j], xs);
+      }
     }
   }
 }
@@ -161,11 +174,13 @@ inline void dot_rows(float (&results)[R][T], const Int4Rows& weights, const int6
   F totals[R][T] = {};
   constexpr int64_t kGroups = W / kGroupWords;
   auto block = [&](int64_t group, int64_t count, auto&& load_block) {
+    U block_words[R];
+    for (int r = 0; r < R; ++r) block_words[r] = load_block(words[r] + group * kGroupWords);
+    F sums[R][T] = {};
+    add_block<R, T>(sums, block_words, x, group * kGroup);
     for (int r = 0; r < R; ++r) {
-      F sums[T] = {};
-      add_block<T>(sums, load_block(words[r] + group * kGroupWords), x, group * kGroup);
       const F scale = spread_scales(scratch + r * weights.groups + group, count);
-      for (int t = 0; t < T; ++t) totals[r][t] += scale * sums[t];
+      for (int t = 0; t < T; ++t) totals[r][t] += scale * sums[r][t];
     }
   };
   int64_t group = 0;
@@ -185,13 +200,10 @@ inline void dot_rows(float (&results)[R][T], const Int4Rows& weights, const int6
   }
 }
 
-// Calls body<T>(first) for pieces of 0 .. count of 8, 4, 2 and 1.
+// Calls body<T>(first) for pieces of 0 .. count of 4, 2 and 1.
 template <class Body>
 inline void for_few(int64_t count, const Body& body) {
   int64_t first = 0;
-  if constexpr (W == 16) {
-    for (; first + 8 <= count; first += 8) body(std::integral_constant<int, 8>(), first);
-  }
   for (; first + 4 <= count; first += 4) body(std::integral_constant<int, 4>(), first);
   for (; first + 2 <= count; first += 2) body(std::integral_constant<int, 2>(), first);
   for (; first < count; ++first) body(std::integral_constant<int, 1>(), first);

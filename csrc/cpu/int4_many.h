@@ -1,11 +1,12 @@
 // Weights of int4 times many rows of x: weights unpacked in chunks, x in panels of 32 tokens.
 //
 // The weights are the operand that stays as it lies, row by row (product.h's A): 32 rows of a chunk
-// of the depth are unpacked, scaled and rounded to the operand's type into the cache, and multiplied
-// with every panel of tokens. A result is [row][token], tokens in the lanes.
+// of the depth are unpacked, scaled and rounded to the operand's type into the cache, and
+// multiplied with every panel of tokens. A result is [row][token], tokens in the lanes.
 //
-// Within a group of 32 columns bf16 operands are in the order in which nibbles leave a vector: first
-// the columns 0, 4, 8 .. 28, then 1, 5 .. 29, and so on. Panels of x have it too; a sum does not mind.
+// Within a group of 32 columns bf16 operands are in the order in which nibbles leave a vector:
+// first the columns 0, 4, 8 .. 28, then 1, 5 .. 29, and so on. Panels of x have it too; a sum does
+// not mind.
 #pragma once
 
 #include "cpu/int4.h"
@@ -13,16 +14,28 @@
 
 namespace kimi::KIMI_ISA {
 
-inline constexpr int64_t kChunk = 512;                    // columns unpacked at a time
-inline constexpr int64_t kTileRows = 32;                  // rows of weights at a time
-inline constexpr int64_t kTileSize = kTileRows * kPanel;  // of a result of one panel
+inline constexpr int64_t kChunk = 512;                          // columns unpacked at a time
+inline constexpr int64_t kTileRows = 32;                        // rows of weights at a time
+inline constexpr int64_t kTileSize = kTileRows * kPanel;        // of a result of one panel
 inline constexpr int64_t kScratch = kTileRows * (kChunk + 32);  // of unpacked weights
+
+// Tokens up to which rows of weights are multiplied with one token after the other. With tiles a
+// panel costs little more than unpacking the weights for it; VDPBF16PS does as many products either
+// way, but for the columns of a panel without a token.
+#if defined(__AMX_BF16__)
+inline constexpr int64_t kFewTokens = 4;
+#elif defined(__AVX512BF16__)
+inline constexpr int64_t kFewTokens = 24;
+#else
+inline constexpr int64_t kFewTokens = 12;
+#endif
 
 #if defined(__AVX512BF16__)
 // 32 columns of a group in the order of their nibbles, from their natural one.
 inline __m512i permute_group(__m512i x) {
-  static constexpr uint16_t kFrom[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
-                                         2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+  static constexpr uint16_t kFrom[32] = {0,  4,  8,  12, 16, 20, 24, 28, 1,  5,  9,
+                                         13, 17, 21, 25, 29, 2,  6,  10, 14, 18, 22,
+                                         26, 30, 3,  7,  11, 15, 19, 23, 27, 31};
   return _mm512_permutexvar_epi16(_mm512_loadu_si512(kFrom), x);
 }
 
@@ -68,9 +81,9 @@ inline void pack_tokens(bf16* panel, const bf16* x, int64_t stride_x, const int3
       U rows[W];
       for (int64_t r = 0; r < W; ++r) {
         const int64_t token = half + r;
-        rows[r] = token < count ? (U)permute_group(_mm512_loadu_si512(
-                                      x + tokens[token] * stride_x + at))
-                                : U{};
+        rows[r] = token < count
+                      ? (U)permute_group(_mm512_loadu_si512(x + tokens[token] * stride_x + at))
+                      : U{};
       }
       transpose(rows);
       for (int64_t j = 0; j < W; ++j) {
@@ -150,8 +163,8 @@ inline void pack_sixteen(float* panel, int64_t f, const Row& row) {
 
 #if defined(__AMX_BF16__)
 // multiply_panels() of one panel, of which the first 16 columns or all are wanted. The weights of a
-// step are unpacked while the tiles of the step before are multiplied: two units that do not wait for
-// each other, and what lies between them stays in the first cache.
+// step are unpacked while the tiles of the step before are multiplied: two units that do not wait
+// for each other, and what lies between them stays in the first cache.
 template <bool kBoth, class Fill>
 inline void multiply_panel(float* c, const bf16* panel, int64_t depth, bf16* scratch,
                            const Fill& fill) {
@@ -195,9 +208,9 @@ inline void multiply_panel(float* c, const bf16* panel, int64_t depth, bf16* scr
 }
 #endif
 
-// c[panel][row][token] = 32 rows of weights x the panels of `tokens` tokens, `depth` long. Columns of
-// c past the last token are anything. `fill(to, stride, row, first, last)` unpacks columns
-// first .. last of a row; `scratch` holds kScratch of them.
+// c[panel][row][token] = 32 rows of weights x the panels of `tokens` tokens, `depth` long. Columns
+// of c past the last token are anything. `fill(to, stride, row, first, last)` unpacks columns first
+// .. last of a row; `scratch` holds kScratch of them.
 template <class O, class Fill>
 inline void multiply_panels(float* c, const O* panels, int64_t tokens, int64_t depth, O* scratch,
                             const Fill& fill) {

@@ -96,7 +96,7 @@ inline void sine_cosine(F angle, F& sine, F& cosine) {
   const F c =
       ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z -
       0.5f * z + 1.0f;
-  const auto odd = turns * turns == 1.0f;               // -1 and 1
+  const auto odd = turns * turns == 1.0f;  // -1 and 1
   const F swapped_s = odd ? c : s, swapped_c = odd ? s : c;
   sine = (turns == -1.0f) | (turns * turns == 4.0f) ? -swapped_s : swapped_s;
   cosine = (turns == 1.0f) | (turns * turns == 4.0f) ? -swapped_c : swapped_c;

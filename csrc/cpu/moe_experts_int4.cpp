@@ -1,5 +1,5 @@
-// y[t] = sum over k of weights[t, k] * down(silu(gate(x[t])) * up(x[t])) of expert ids[t, k], and the
-// shared expert's, on int4 weights as the checkpoint stores them.
+// y[t] = sum over k of weights[t, k] * down(silu(gate(x[t])) * up(x[t])) of expert ids[t, k], and
+// the shared expert's, on int4 weights as the checkpoint stores them.
 //
 // Three regions over a group of experts (one group, unless the tokens are thousands):
 //
@@ -147,9 +147,8 @@ class Experts {
   }
 
   void gate_up(const Segment* first, const Segment* last) {
-    const auto items = items_of(first, last, [](const Segment& s) {
-      return (s.width + kHidden - 1) / kHidden;
-    });
+    const auto items =
+        items_of(first, last, [](const Segment& s) { return (s.width + kHidden - 1) / kHidden; });
     int64_t most = 0;
     for (const Segment* s = first; s != last; ++s) most = std::max(most, s->many * s->panels());
     run_items(team_, static_cast<int64_t>(items.size()), [&](Items& queue) {
@@ -312,7 +311,8 @@ class Experts {
         rows.prefetch(d + r, first, kTileRows);
         unpack(to, stride, rows, d + r, first, last, scales + r * rows.groups);
       } else {
-        unpack(to, stride, call_.shared_down + (d + r) * call_.stride_shared_down, first, last, s.width);
+        unpack(to, stride, call_.shared_down + (d + r) * call_.stride_shared_down, first, last,
+               s.width);
       }
     };
     multiply_panels(results, h_of(s, 0), s.count, hidden_depth(s), scratch, fill);
@@ -325,7 +325,8 @@ class Experts {
         const F weight = splat(plan_.weights[s.first + slot]);
         float* to = &total_of(s, slot, d);
         const float* from = rows_of_tokens + slot % kPanel * kPanel;
-        for (int j = 0; j < kTileRows; j += W) store(to + j, load(to + j) + weight * load(from + j));
+        for (int j = 0; j < kTileRows; j += W)
+          store(to + j, load(to + j) + weight * load(from + j));
       }
     }
   }

@@ -9,17 +9,6 @@
 
 namespace kimi::KIMI_ISA {
 
-// Tokens up to which an expert's rows are multiplied with one token after the other. With tiles a
-// panel costs little more than unpacking the weights for it; VDPBF16PS does as many products either
-// way, but for the columns of a panel without a token.
-#if defined(__AMX_BF16__)
-inline constexpr int64_t kFewTokens = 2;
-#elif defined(__AVX512BF16__)
-inline constexpr int64_t kFewTokens = 24;
-#else
-inline constexpr int64_t kFewTokens = 12;
-#endif
-
 // Some of the tokens of one expert, the shared one included.
 struct Segment {
   static constexpr int64_t kShared = -1;

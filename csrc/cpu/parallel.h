@@ -75,9 +75,8 @@ void for_each_item(const kimi_team* team, int64_t count, const Body& body) {
 // Calls body(first, last) for ranges that cover 0 .. count, of `grain` but for the last one.
 template <class Body>
 void for_each_range(const kimi_team* team, int64_t count, int64_t grain, const Body& body) {
-  for_each_item(team, (count + grain - 1) / grain, [&](int64_t item) {
-    body(item * grain, std::min(count, (item + 1) * grain));
-  });
+  for_each_item(team, (count + grain - 1) / grain,
+                [&](int64_t item) { body(item * grain, std::min(count, (item + 1) * grain)); });
 }
 
 // Where a row starts, in elements.
