@@ -90,7 +90,8 @@ class KeyBlock {
   using O = Operand<E>;
 
  public:
-  // `dense` has room for `keys` rows of padded depth where the cache cannot be read in place.
+  // `dense` has room for `keys` rows of padded depth where the cache cannot be read in place, and
+  // is null where it can.
   KeyBlock(const MlaCache& cache, const int32_t* pages, int64_t first, int64_t keys, O* dense)
       : cache_(cache), pages_(pages), first_(first), keys_(keys), dense_(dense) {
     if (dense) copy();
