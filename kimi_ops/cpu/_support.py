@@ -22,3 +22,8 @@ def dense_rows(x: Tensor) -> tuple[Tensor, Rows]:
     if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()
     return or_packed(x)
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """``x``, or a packed copy where the elements of its last dimension are apart."""
+    return x.contiguous() if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1 else x
