@@ -49,6 +49,7 @@ inline void few_rows(bf16* y, const bf16* x, const bf16* w, int64_t stride_w, in
       const F factor = splat(widen(x[i]));
       for (int j = 0; j < kWords; ++j) {
         const U words = load_words(w + i * stride_w + column + j * 2 * W);
+        __builtin_prefetch(w + (i + 16) * stride_w + column + j * 2 * W);
         low[j] += factor * low_bf16(words);
         high[j] += factor * high_bf16(words);
       }
@@ -73,6 +74,7 @@ inline void few_rows_turned(bf16* y, const bf16* x, const bf16* w, int64_t strid
         const U factors = load_words(x + i);
         for (int r = 0; r < R; ++r) {
           const U words = load_words(w + (column + r) * stride_w + i);
+          __builtin_prefetch(w + (column + r + 2 * R) * stride_w + i);
           low[r] += low_bf16(factors) * low_bf16(words);
           high[r] += high_bf16(factors) * high_bf16(words);
         }
