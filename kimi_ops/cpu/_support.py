@@ -21,7 +21,7 @@ def is_dense(x: Tensor) -> bool:
     return x.numel() == 0 or x.shape[-1] == 1 or x.stride(-1) == 1
 
 
-def dense(x: Tensor) -> Tensor:
+def dense_last(x: Tensor) -> Tensor:
     """``x``, or a packed copy where the elements of its last dimension are apart."""
     return x if is_dense(x) else x.contiguous()
 
@@ -37,4 +37,4 @@ def dense_refusal(op: str, **weights: Tensor) -> str | None:
 def dense_rows(x: Tensor) -> tuple[Tensor, Rows]:
     """A tensor ``[..., D]`` with the places of its rows: ``x``, or a packed copy where two strides
     do not say where they are or the elements of a row are apart."""
-    return or_packed(dense(x))
+    return or_packed(dense_last(x))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kimi_ops import _native
 from kimi_ops._batch_invariant import is_batch_invariant
-from kimi_ops.cpu._support import dense, dense_refusal, refusal
+from kimi_ops.cpu._support import dense_last, dense_refusal, refusal
 
 BATCH_INVARIANT = True  # then there is one path, however many tokens there are
 
@@ -21,7 +21,7 @@ def launch(y: Tensor, x: Tensor, packed: Tensor, scale: Tensor) -> None:
     if x.shape[-1] == 0:
         y.zero_()
         return
-    rows = dense(x).reshape(y.numel() // packed.shape[0], x.shape[-1])
+    rows = dense_last(x).reshape(y.numel() // packed.shape[0], x.shape[-1])
     _native.call(
         "int4_linear",
         dtype=x.dtype,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kimi_ops import _native
 from kimi_ops._batch_invariant import is_batch_invariant
-from kimi_ops.cpu._support import dense, dense_refusal, refusal
+from kimi_ops.cpu._support import dense_last, dense_refusal, refusal
 
 BATCH_INVARIANT = True  # then every expert takes one path, however many tokens it has
 
@@ -49,9 +49,9 @@ def launch(
 ) -> None:
     if y.numel() == 0:
         return
-    x = dense(x)
-    shared_gate_up = None if shared_gate_up is None else dense(shared_gate_up)
-    shared_down = None if shared_down is None else dense(shared_down)
+    x = dense_last(x)
+    shared_gate_up = None if shared_gate_up is None else dense_last(shared_gate_up)
+    shared_down = None if shared_down is None else dense_last(shared_down)
     _native.call(
         "moe_experts_int4",
         dtype=x.dtype,
