@@ -11,6 +11,7 @@
 // sets keep kRows x 2 vectors of sums in registers.
 #pragma once
 
+#include <atomic>
 #include <utility>
 
 #include "cpu/elements.h"
@@ -34,7 +35,7 @@ inline int64_t padded_depth(int64_t k) {
 }
 
 // Tile registers, for as long as a thread multiplies; nothing without AMX.
-class Tiles {
+class [[maybe_unused]] Tiles {
 #if defined(__AMX_BF16__)
  public:
   Tiles() { configure(16, 16); }
@@ -44,14 +45,15 @@ class Tiles {
 
   // Tiles 0..3 are sums: (rows a | rows b) x (columns 0..15 | 16..31); 4, 5 hold A, 6, 7 hold B.
   static void configure(int rows_a, int rows_b) {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {};
-    } layout;
     const int rows[8] = {rows_a, rows_a, rows_b, rows_b, rows_a, rows_b, 16, 16};
-    for (int i = 0; i < 8; ++i) layout.rows[i] = static_cast<uint8_t>(rows[i]);
-    _tile_loadconfig(&layout);
+    // Volatile, since GCC's _tile_loadconfig claims to read but the first eight bytes.
+    alignas(64) volatile uint8_t layout[64] = {};
+    layout[0] = 1;  // palette
+    for (int i = 0; i < 8; ++i) {
+      layout[16 + 2 * i] = 64;  // bytes of a row
+      layout[48 + i] = static_cast<uint8_t>(rows[i]);
+    }
+    _tile_loadconfig(const_cast<const uint8_t*>(layout));
   }
 #endif
 };
@@ -62,6 +64,8 @@ template <bool kBoth>
 inline void multiply_tiles(float* c, int64_t stride_c, const bf16* a, int64_t stride_a,
                            const bf16* panel, int64_t k, bool accumulate) {
   const int64_t bytes_c = stride_c * 4, bytes_a = stride_a * 2;
+  // GCC's _tile_loadd does not say that it reads memory: what was stored there must be there.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
   if (accumulate) {
     _tile_loadd(0, c, bytes_c);
     _tile_loadd(1, c + 16, bytes_c);
