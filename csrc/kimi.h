@@ -40,10 +40,10 @@ typedef struct {
   int64_t inner, stride_outer, stride_inner;
 } kimi_rows;
 
-#define KIMI_OP(op, ...)                                                     \
-  KIMI_EXPORT int kimi_##op##_amx(const kimi_team* team, __VA_ARGS__);       \
-  KIMI_EXPORT int kimi_##op##_avx512(const kimi_team* team, __VA_ARGS__);    \
-  KIMI_EXPORT int kimi_##op##_avx2(const kimi_team* team, __VA_ARGS__);      \
+#define KIMI_OP(op, ...)                                                  \
+  KIMI_EXPORT int kimi_##op##_amx(const kimi_team* team, __VA_ARGS__);    \
+  KIMI_EXPORT int kimi_##op##_avx512(const kimi_team* team, __VA_ARGS__); \
+  KIMI_EXPORT int kimi_##op##_avx2(const kimi_team* team, __VA_ARGS__);   \
   KIMI_EXPORT int kimi_##op##_scalar(const kimi_team* team, __VA_ARGS__)
 
 #ifdef __cplusplus
@@ -63,12 +63,25 @@ KIMI_EXPORT void kimi_run_threads(void (*task)(void*), void* data, unsigned thre
                                   unsigned flags);
 
 // clang-format off
+KIMI_OP(add_rms_norm,
+    int64_t dtype,
+    void* y,                            // [rows, width]
+    void* h,                            // [rows, width]
+    const void* x, kimi_rows rows_x,    // [rows, width]
+    const void* residual, kimi_rows rows_residual,  // [rows, width]
+    const void* weight,                 // [width]
+    int64_t rows, int64_t width, float eps);
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]
     const void* x, kimi_rows rows_x,    // [rows, width]
     const void* weight,                 // [width]
     int64_t rows, int64_t width, float eps);
+KIMI_OP(silu_mul,
+    int64_t dtype,
+    void* y,                            // [rows, width]
+    const void* gate_up, kimi_rows rows_gate_up,  // [rows, 2 width], width > 0
+    int64_t rows, int64_t width);
 // clang-format on
 
 #ifdef __cplusplus
