@@ -71,6 +71,13 @@ KIMI_OP(add_rms_norm,
     const void* residual, kimi_rows rows_residual,  // [rows, width]
     const void* weight,                 // [width]
     int64_t rows, int64_t width, float eps);
+KIMI_OP(moe_select,
+    float* weights,                     // [tokens, top_k]
+    int32_t* ids,                       // [tokens, top_k]
+    const float* logits, kimi_rows rows_logits,  // [tokens, experts], experts at most 1024
+    const float* bias,                  // [experts]
+    int64_t tokens, int64_t experts, int64_t top_k, int64_t n_group, int64_t topk_group,
+    float scale, int64_t normalize);
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]

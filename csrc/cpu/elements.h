@@ -161,6 +161,13 @@ inline void stream_done() {
 #endif
 }
 
+// Asks for element i of the row that comes next, or of none if `next` is null: reading a row and
+// writing it in turns leaves the memory idle in between.
+template <class E>
+inline void fetch(const E* next, int64_t i) {
+  if (next != nullptr) __builtin_prefetch(next + i);
+}
+
 // The first n < W elements, the others 0; and their store.
 template <class E>
 inline F load_first(const E* p, int64_t n) {

@@ -63,13 +63,6 @@ Factor<E> rms_factor(const E* x, int64_t width, float eps) {
   return rms_factor<E>(sum_of_squares(width, value), width, eps);
 }
 
-// While a row is written the next one is fetched: reading and writing in turns leaves the memory
-// idle in between. `next` is null at the last row.
-template <class E>
-inline void fetch(const E* next, int64_t i) {
-  if (next != nullptr) __builtin_prefetch(next + i);
-}
-
 // y = x * factor * weight. `next` is the row that is read next, or null.
 template <bool kStream, class E>
 void scale_row(E* y, const E* x, const E* weight, int64_t width, const Factor<E>& factor,

@@ -23,7 +23,11 @@ void silu_mul(const kimi_team* team, E* y, const E* gate_up, const kimi_rows& ro
       const E* gate = gate_up + row_start(rows_gate_up, row) + column;
       const E* up = gate + width;
       E* to = y + row * width + column;
+      const E* next =
+          row + 1 < last ? gate_up + row_start(rows_gate_up, row + 1) + column : nullptr;
       for_each_piece(columns, [&](int64_t i, auto n) {
+        fetch(next, i);
+        fetch(next, width + i);
         write_piece<Stream::value>(to + i, silu(load_piece(gate + i, n)) * load_piece(up + i, n),
                                    n);
       });
