@@ -71,6 +71,17 @@ KIMI_OP(add_rms_norm,
     const void* residual, kimi_rows rows_residual,  // [rows, width]
     const void* weight,                 // [width]
     int64_t rows, int64_t width, float eps);
+KIMI_OP(moe_route,
+    int64_t dtype_x, int64_t dtype_weight,
+    float* weights,                     // [tokens, top_k]
+    int32_t* ids,                       // [tokens, top_k]
+    int32_t* order, int32_t* offsets,   // as moe_sort's, `offsets` null for none
+    int64_t first, int64_t local,
+    const void* x, int64_t stride_x,    // [tokens, depth]
+    const void* gate_weight, int64_t stride_weight,  // [experts, depth], experts at most 1024
+    const float* bias,                  // [experts]
+    int64_t tokens, int64_t depth, int64_t experts, int64_t top_k, int64_t n_group,
+    int64_t topk_group, float scale, int64_t normalize, int64_t batch_invariant);
 KIMI_OP(moe_select,
     float* weights,                     // [tokens, top_k]
     int32_t* ids,                       // [tokens, top_k]
@@ -78,6 +89,11 @@ KIMI_OP(moe_select,
     const float* bias,                  // [experts]
     int64_t tokens, int64_t experts, int64_t top_k, int64_t n_group, int64_t topk_group,
     float scale, int64_t normalize);
+KIMI_OP(moe_sort,
+    int32_t* order,                     // [tokens * top_k]
+    int32_t* offsets,                   // [local + 1]
+    const int32_t* ids, kimi_rows rows_ids,  // [tokens, top_k]
+    int64_t tokens, int64_t top_k, int64_t first, int64_t local);
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]
