@@ -71,6 +71,18 @@ KIMI_OP(add_rms_norm,
     const void* residual, kimi_rows rows_residual,  // [rows, width]
     const void* weight,                 // [width]
     int64_t rows, int64_t width, float eps);
+KIMI_OP(mla_latent_write,
+    int64_t dtype, int64_t fp8,         // fp8: kv_cache is in that format
+    void* q_a,                          // [tokens, q]
+    const void* qkv_a, int64_t stride_qkv_a,  // [tokens, q + c + r]
+    const void* q_norm_weight,          // [q]
+    const void* kv_norm_weight,         // [c]
+    const void* positions, int64_t position_bytes,  // [tokens] integers of 4 or 8 bytes
+    const float* inv_freq,              // [r / 2]
+    const void* slot_mapping, int64_t slot_bytes,  // [tokens] integers of 4 or 8 bytes
+    void* kv_cache, int64_t stride_page, int64_t stride_row,  // [pages, page_size, c + r], or
+                                        // bytes [pages, page_size, c + 16 + 2 r]
+    int64_t tokens, int64_t q, int64_t c, int64_t r, int64_t pages, int64_t page_size, float eps);
 KIMI_OP(moe_route,
     int64_t dtype_x, int64_t dtype_weight,
     float* weights,                     // [tokens, top_k]
