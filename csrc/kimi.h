@@ -63,6 +63,15 @@ KIMI_EXPORT void kimi_run_threads(void (*task)(void*), void* data, unsigned thre
                                   unsigned flags);
 
 // clang-format off
+KIMI_OP(add_rms_norm,
+    int64_t dtype,
+    void* y,                            // [rows, width]
+    void* h,                            // [rows, width]
+    const void* x, kimi_rows rows_x,    // [rows, width]
+    const void* residual, kimi_rows rows_residual,  // [rows, width]
+    const void* weight,                 // [width]
+    int64_t rows, int64_t width, float eps);
+
 KIMI_OP(int4_linear,
     int64_t dtype,
     void* y,                            // [tokens, rows]
@@ -116,6 +125,19 @@ KIMI_OP(mla_decode_value,
     float scale,
     int64_t one_path);                  // one order of sums of the projection for any B * S
 
+KIMI_OP(mla_latent_write,
+    int64_t dtype, int64_t fp8,         // fp8: kv_cache is in that format
+    void* q_a,                          // [tokens, q]
+    const void* qkv_a, int64_t stride_qkv_a,  // [tokens, q + c + r]
+    const void* q_norm_weight,          // [q]
+    const void* kv_norm_weight,         // [c]
+    const void* positions, int64_t position_bytes,  // [tokens] integers of 4 or 8 bytes
+    const float* inv_freq,              // [r / 2]
+    const void* slot_mapping, int64_t slot_bytes,  // [tokens] integers of 4 or 8 bytes
+    void* kv_cache, int64_t stride_page, int64_t stride_row,  // [pages, page_size, c + r], or
+                                        // bytes [pages, page_size, c + 16 + 2 r]
+    int64_t tokens, int64_t q, int64_t c, int64_t r, int64_t pages, int64_t page_size, float eps);
+
 KIMI_OP(mla_project_value,
     int64_t dtype,
     void* value,                        // [T, H, V]
@@ -150,12 +172,44 @@ KIMI_OP(moe_experts_int4,
     int64_t scale_dtype,
     int64_t one_path);                  // not 0: one path however many tokens an expert has
 
+KIMI_OP(moe_route,
+    int64_t dtype_x, int64_t dtype_weight,
+    float* weights,                     // [tokens, top_k]
+    int32_t* ids,                       // [tokens, top_k]
+    int32_t* order, int32_t* offsets,   // as moe_sort's, `offsets` null for none
+    int64_t first, int64_t local,
+    const void* x, int64_t stride_x,    // [tokens, depth]
+    const void* gate_weight, int64_t stride_weight,  // [experts, depth], experts at most 1024
+    const float* bias,                  // [experts]
+    int64_t tokens, int64_t depth, int64_t experts, int64_t top_k, int64_t n_group,
+    int64_t topk_group, float scale, int64_t normalize, int64_t batch_invariant);
+
+KIMI_OP(moe_select,
+    float* weights,                     // [tokens, top_k]
+    int32_t* ids,                       // [tokens, top_k]
+    const float* logits, kimi_rows rows_logits,  // [tokens, experts], experts at most 1024
+    const float* bias,                  // [experts]
+    int64_t tokens, int64_t experts, int64_t top_k, int64_t n_group, int64_t topk_group,
+    float scale, int64_t normalize);
+
+KIMI_OP(moe_sort,
+    int32_t* order,                     // [tokens * top_k]
+    int32_t* offsets,                   // [local + 1]
+    const int32_t* ids, kimi_rows rows_ids,  // [tokens, top_k]
+    int64_t tokens, int64_t top_k, int64_t first, int64_t local);
+
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]
     const void* x, kimi_rows rows_x,    // [rows, width]
     const void* weight,                 // [width]
     int64_t rows, int64_t width, float eps);
+
+KIMI_OP(silu_mul,
+    int64_t dtype,
+    void* y,                            // [rows, width]
+    const void* gate_up, kimi_rows rows_gate_up,  // [rows, 2 width], width > 0
+    int64_t rows, int64_t width);
 // clang-format on
 
 #ifdef __cplusplus

@@ -53,9 +53,13 @@ inline constexpr float kRounder = 12582912.0f;
 
 // e^x within 1.5 units in the last place; infinity, 0 and NaN where they belong.
 inline F exp(F x) {
-  // Beyond these the result is 0 or infinite; a NaN passes both comparisons by.
+  // Beyond these the result is 0 or infinite; a NaN passes both by, as it is the second operand.
+#if defined(__AVX512F__)
+  x = (F)_mm512_max_ps(_mm512_set1_ps(-130.0f), _mm512_min_ps(_mm512_set1_ps(130.0f), (__m512)x));
+#else
   x = x > 130.0f ? splat(130.0f) : x;
   x = x < -130.0f ? splat(-130.0f) : x;
+#endif
   const F n = (x * 1.44269504f + kRounder) - kRounder;
   F r = x - n * 0.693359375f;  // ln 2 in two parts, the first with few bits: the product is exact
   r = r + n * 2.12194440e-4f;
@@ -68,9 +72,24 @@ inline F exp(F x) {
   return scale_by_power(p * (r * r) + r + 1.0f, n);
 }
 
-inline F sigmoid(F x) { return 1.0f / (1.0f + exp(-x)); }
+// 1 / x for x of at least 1, infinity and NaN included, within a unit in the last place. A division
+// takes 16 cycles a vector, more than all of `exp`.
+inline F reciprocal(F x) {
+#if defined(__AVX512F__)
+  const __m512 d = (__m512)x, one = _mm512_set1_ps(1.0f);
+  const __m512 r = _mm512_rcp14_ps(d);
+  const __m512 rest = _mm512_fnmadd_ps(d, r, one);
+  // Of an infinite d, r is 0 and the rest is NaN.
+  const __mmask16 finite = _mm512_cmp_ps_mask(d, splat(__builtin_inff()), _CMP_LT_OQ);
+  return (F)_mm512_mask_fmadd_ps(r, finite, rest, r);
+#else
+  return 1.0f / x;
+#endif
+}
 
-inline F silu(F x) { return x / (1.0f + exp(-x)); }
+inline F sigmoid(F x) { return reciprocal(1.0f + exp(-x)); }
+
+inline F silu(F x) { return x * sigmoid(x); }
 
 // Sine and cosine of angles in radians up to 2^31, within 2 units in the last place of 1.
 inline void sine_cosine(F angle, F& sine, F& cosine) {
