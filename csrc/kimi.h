@@ -63,6 +63,16 @@ KIMI_EXPORT void kimi_run_threads(void (*task)(void*), void* data, unsigned thre
                                   unsigned flags);
 
 // clang-format off
+KIMI_OP(merge_attention,
+    int64_t dtype,
+    void* out,                                // [rows, width]
+    float* lse,                               // [rows]
+    const void* out_a, kimi_rows rows_a,      // [rows, width]
+    const float* lse_a,                       // [rows]
+    const void* out_b, kimi_rows rows_b,      // [rows, width]
+    const float* lse_b,                       // [rows]
+    int64_t rows, int64_t width);
+
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]
