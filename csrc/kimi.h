@@ -65,13 +65,29 @@ KIMI_EXPORT void kimi_run_threads(void (*task)(void*), void* data, unsigned thre
 // clang-format off
 KIMI_OP(merge_attention,
     int64_t dtype,
-    void* out,                                // [rows, width]
-    float* lse,                               // [rows]
-    const void* out_a, kimi_rows rows_a,      // [rows, width]
-    const float* lse_a,                       // [rows]
-    const void* out_b, kimi_rows rows_b,      // [rows, width]
-    const float* lse_b,                       // [rows]
+    void* out,                          // [rows, width]
+    float* lse,                         // [rows]
+    const void* out_a,                  // [rows, width]
+    kimi_rows rows_a,
+    const float* lse_a,                 // [rows]
+    const void* out_b,                  // [rows, width]
+    kimi_rows rows_b,
+    const float* lse_b,                 // [rows]
     int64_t rows, int64_t width);
+
+KIMI_OP(mla_decode,
+    int64_t dtype,
+    void* out,                          // [B, S, H, C]
+    float* lse,                         // [B, S, H]
+    const void* q,                      // [B, S, H, C+R]
+    int64_t stride_q_b, int64_t stride_q_s, int64_t stride_q_h,
+    const void* kv_cache,               // [num_pages, P, C+R], or bytes [num_pages, P, C+16+2R]
+    int64_t fp8, int64_t num_pages, int64_t page_size,
+    int64_t stride_cache_page, int64_t stride_cache_token,
+    const int32_t* page_table,          // [B, max_pages]
+    int64_t stride_table_b, int64_t max_pages,
+    const int32_t* seq_lens,            // [B]
+    int64_t batch, int64_t new_tokens, int64_t heads, int64_t rank, int64_t rope, float scale);
 
 KIMI_OP(rms_norm,
     int64_t dtype,

@@ -11,6 +11,8 @@
 // sets keep kRows x 2 vectors of sums in registers.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "cpu/elements.h"
@@ -34,7 +36,7 @@ inline int64_t padded_depth(int64_t k) {
 }
 
 // Tile registers, for as long as a thread multiplies; nothing without AMX.
-class Tiles {
+class [[maybe_unused]] Tiles {
 #if defined(__AMX_BF16__)
  public:
   Tiles() { configure(16, 16); }
@@ -44,14 +46,15 @@ class Tiles {
 
   // Tiles 0..3 are sums: (rows a | rows b) x (columns 0..15 | 16..31); 4, 5 hold A, 6, 7 hold B.
   static void configure(int rows_a, int rows_b) {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {};
-    } layout;
     const int rows[8] = {rows_a, rows_a, rows_b, rows_b, rows_a, rows_b, 16, 16};
-    for (int i = 0; i < 8; ++i) layout.rows[i] = static_cast<uint8_t>(rows[i]);
-    _tile_loadconfig(&layout);
+    // Volatile, since GCC's _tile_loadconfig claims to read but the first eight bytes.
+    alignas(64) volatile uint8_t layout[64] = {};
+    layout[0] = 1;  // palette
+    for (int i = 0; i < 8; ++i) {
+      layout[16 + 2 * i] = 64;  // bytes of a row
+      layout[48 + i] = static_cast<uint8_t>(rows[i]);
+    }
+    _tile_loadconfig(const_cast<const uint8_t*>(layout));
   }
 #endif
 };
@@ -62,6 +65,8 @@ template <bool kBoth>
 inline void multiply_tiles(float* c, int64_t stride_c, const bf16* a, int64_t stride_a,
                            const bf16* panel, int64_t k, bool accumulate) {
   const int64_t bytes_c = stride_c * 4, bytes_a = stride_a * 2;
+  // GCC's _tile_loadd does not say that it reads memory: what was stored there must be there.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
   if (accumulate) {
     _tile_loadd(0, c, bytes_c);
     _tile_loadd(1, c + 16, bytes_c);
@@ -97,8 +102,8 @@ inline void multiply_tiles(float* c, int64_t stride_c, const bf16* a, int64_t st
   }
 }
 
-inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a,
-                     const bf16* panel, int64_t m, int64_t k, bool accumulate) {
+inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a, const bf16* panel,
+                     int64_t m, int64_t k, bool accumulate) {
   int64_t row = 0;
   for (; row + 32 <= m; row += 32) {
     multiply_tiles<true>(c + row * stride_c, stride_c, a + row * stride_a, stride_a, panel, k,
@@ -162,23 +167,39 @@ inline void multiply_rows(F (&sums)[R][2], const bf16* a, int64_t stride_a, cons
   }
 }
 
+// Products that are summed one after the other. Of floats few, and the sums of those are added up:
+// a single chain of hundreds would round more often than torch does.
+template <class O>
+inline constexpr int64_t kChain = kPairs<O> ? int64_t{1} << 62 : 32;
+
 template <int R, class O>
 inline void multiply_block(float* c, int64_t stride_c, const O* a, int64_t stride_a, const O* panel,
                            int64_t k, bool accumulate) {
   constexpr int kWords = kPairs<O> ? 2 : 1;  // elements of a column in a panel's row
   for (int column = 0; column < kPanel; column += 2 * W) {
-    F sums[R][2] = {};
-    if (accumulate) {
-      for (int r = 0; r < R; ++r) {
-        sums[r][0] = load(c + r * stride_c + column);
-        sums[r][1] = load(c + r * stride_c + column + W);
+    int64_t first = 0;
+    do {
+      const bool add = accumulate || first > 0;
+      F sums[R][2] = {};
+      if (add && kPairs<O>) {
+        for (int r = 0; r < R; ++r) {
+          sums[r][0] = load(c + r * stride_c + column);
+          sums[r][1] = load(c + r * stride_c + column + W);
+        }
       }
-    }
-    multiply_rows<R>(sums, a, stride_a, panel + column * kWords, k);
-    for (int r = 0; r < R; ++r) {
-      store(c + r * stride_c + column, sums[r][0]);
-      store(c + r * stride_c + column + W, sums[r][1]);
-    }
+      multiply_rows<R>(sums, a + first, stride_a, panel + first * kPanel + column * kWords,
+                       std::min(kChain<O>, k - first));
+      for (int r = 0; r < R; ++r) {
+        float* to = c + r * stride_c + column;
+        if (add && !kPairs<O>) {
+          sums[r][0] += load(to);
+          sums[r][1] += load(to + W);
+        }
+        store(to, sums[r][0]);
+        store(to + W, sums[r][1]);
+      }
+      first += kChain<O>;
+    } while (first < k);
   }
 }
 
@@ -208,8 +229,8 @@ inline void multiply(float* c, int64_t stride_c, const float* a, int64_t stride_
 // c[m][32] (+)= a[m][k] * panel[k][32], one panel. The rows of `a` and `c` are `stride_*` elements
 // apart; c keeps its values and adds if `accumulate`. For bf16 k is a multiple of kDepth, and a
 // thread has `Tiles` while it multiplies. A row of the result is the same for every m.
-inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a,
-                     const bf16* panel, int64_t m, int64_t k, bool accumulate) {
+inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a, const bf16* panel,
+                     int64_t m, int64_t k, bool accumulate) {
   multiply_vectors(c, stride_c, a, stride_a, panel, m, k, accumulate);
 }
 #endif
