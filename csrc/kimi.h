@@ -89,12 +89,39 @@ KIMI_OP(mla_decode,
     const int32_t* seq_lens,            // [B]
     int64_t batch, int64_t new_tokens, int64_t heads, int64_t rank, int64_t rope, float scale);
 
+KIMI_OP(mla_prefill,
+    int64_t dtype,
+    void* out,                          // [T, H, V]
+    float* lse,                         // [T, H]
+    const void* q,                      // [T, H, N+R]
+    int64_t stride_q_t, int64_t stride_q_h,
+    const void* k,                      // [L, H, N+R]
+    int64_t stride_k_t, int64_t stride_k_h,
+    const void* v,                      // [L, H, V]
+    int64_t stride_v_t, int64_t stride_v_h,
+    const int32_t* cu_seqlens_q,        // [B+1]
+    const int32_t* cu_seqlens_k,        // [B+1]
+    int64_t sequences, int64_t tokens, int64_t keys, int64_t heads,
+    int64_t width, int64_t value_width, float scale, int64_t causal);
+
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]
     const void* x, kimi_rows rows_x,    // [rows, width]
     const void* weight,                 // [width]
     int64_t rows, int64_t width, float eps);
+
+KIMI_OP(vision_attention,
+    int64_t dtype,
+    void* out,                          // [L, H, head_dim]
+    const void* q,                      // [L, H, head_dim], k and v too
+    int64_t stride_q_t, int64_t stride_q_h,
+    const void* k,
+    int64_t stride_k_t, int64_t stride_k_h,
+    const void* v,
+    int64_t stride_v_t, int64_t stride_v_h,
+    const int32_t* cu_seqlens,          // [n+1]
+    int64_t segments, int64_t tokens, int64_t heads, int64_t head_dim, float scale);
 // clang-format on
 
 #ifdef __cplusplus

@@ -2,16 +2,11 @@
 //
 // Rows in ranges; of W rows at a time the lse and the two shares first, rows as lanes, then row
 // after row its V columns. A side whose lse is -inf is not read. 3 V elements and 12 bytes a row.
-#include <cmath>
-#include <limits>
-
 #include "cpu/math.h"
 #include "cpu/parallel.h"
 
 namespace kimi::KIMI_ISA {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // log(1 + x) for x within 0 .. 1, as 2 artanh(x / (2 + x)).
 F log_of_1_plus(F x) {

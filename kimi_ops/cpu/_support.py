@@ -16,9 +16,14 @@ def refusal(op: str, x: Tensor) -> str | None:
     return None
 
 
+def dense_last(x: Tensor) -> Tensor:
+    """``x``, or a packed copy where the elements of its last dimension are apart."""
+    if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        return x.contiguous()
+    return x
+
+
 def dense_rows(x: Tensor) -> tuple[Tensor, Rows]:
     """A tensor ``[..., D]`` with the places of its rows: ``x``, or a packed copy where two strides
     do not say where they are or the elements of a row are apart."""
-    if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    return or_packed(x)
+    return or_packed(dense_last(x))
