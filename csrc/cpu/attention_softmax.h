@@ -1,25 +1,42 @@
-// The softmax of attention along rows of scores, block of keys by block of keys.
+// The softmax of attention along rows of scores, block of keys by block of keys: a row is a query.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
 #include "cpu/math.h"
+#include "cpu/pack.h"
 
 namespace kimi::KIMI_ISA {
 
-// 2^x for x up to 1, within 1.5e-7 of it; 2^-125 at least. A NaN stays one.
+// 2^x for x <= 0 (or a rounding above), relative error 1.6e-7, or 8e-5 unless kExact: then a
+// twentieth of what rounding to bfloat16 adds. Next to nothing below 2^-125; a NaN stays one.
+template <bool kExact>
 inline F exp2_of_negative(F x) {
+#if defined(__AVX512F__)
+  const F r = (F)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
   x = x < -125.0f ? splat(-125.0f) : x;
-  const F rounded = x + kRounder;  // its low bits are the whole number
-  const F r = x - (rounded - kRounder);
-  F p = splat(1.326472719e-3f);
-  p = p * r + 9.67151264e-3f;
-  p = p * r + 5.550733743e-2f;
-  p = p * r + 2.402224209e-1f;
-  p = p * r + 6.931469776e-1f;
-  p = p * r + 1.0f;
-  return (F)((U)p + ((U)rounded << 23));
+  const F shifted = (x - 0.5f) + kRounder;  // its low bits are floor(x)
+  const F r = x - (shifted - kRounder);
+#endif
+  F p;  // 2^r, r within 0 .. 1: least largest relative error
+  if constexpr (kExact) {
+    p = 1.877576674e-3f * r + 8.989340094e-3f;
+    p = p * r + 5.582631805e-2f;
+    p = p * r + 2.40153617e-1f;
+    p = p * r + 6.931530732e-1f;
+    p = p * r + 9.999999251e-1f;
+  } else {
+    p = 7.802452229e-2f * r + 2.260671559e-1f;
+    p = p * r + 6.958335403e-1f;
+    p = p * r + 9.999252186e-1f;
+  }
+#if defined(__AVX512F__)
+  return (F)_mm512_scalef_ps((__m512)p, (__m512)x);  // by 2^floor(x)
+#else
+  return (F)((U)p + ((U)shifted << 23));
+#endif
 }
 
 // Weights of 2 W keys, in O. They lie within 0 .. 1 or are NaN, and those that VCVTNE2PS2BF16
@@ -38,52 +55,93 @@ inline void store_weights(float* p, F a, F b) {
   store(p + W, b);
 }
 
-// What one query has seen so far, in powers of two.
-struct RowSoftmax {
-  float high = -kInfinity;  // largest log2(e) * scale * score
-  float total = 0.0f;       // sum of 2^(that - high)
+inline constexpr int kGroup = 32;  // queries that are taken together
 
-  // weights[0 .. padded) of a block of keys: 2^(factor * score - high) for the first `visible` ones
-  // and next to nothing behind them; `padded` is a multiple of kPanel, factor = log2(e) * scale >=
-  // 0. Overwrites the scores that are not visible. Returns what the weighted sums of earlier blocks
-  // are to be multiplied by.
-  template <class O>
-  float add(O* weights, float* scores, int64_t visible, int64_t padded, float factor) {
-    if (visible == 0) {
-      std::fill_n(weights, padded, O{});
-      return 1.0f;
-    }
-    const int64_t filled = (visible + 2 * W - 1) / (2 * W) * (2 * W);
-    std::fill(scores + visible, scores + filled, -kInfinity);
-    F highest[4];
-    for (F& x : highest) x = splat(-kInfinity);
-    int64_t i = 0;
-    for (; i + 4 * W <= filled; i += 4 * W) {
-      for (int j = 0; j < 4; ++j) highest[j] = maximum(load(scores + i + j * W), highest[j]);
-    }
-    for (; i < filled; i += W) highest[0] = maximum(load(scores + i), highest[0]);
-    const float block =
-        maximum(maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3])));
-    const float now = std::max(high, block * factor);
-    const float shift = now == -kInfinity ? 0.0f : now;  // scores of a NaN query: no maximum
+// The results of fold(x[row][W]) for W rows: row r's in lane r.
+template <class Fold>
+inline F across(const float (*x)[W], const Fold& fold) {
+  U rows[W];
+  std::memcpy(rows, x, sizeof rows);
+  transpose(rows);
+  F folded[W];
+  for (int i = 0; i < W; ++i) folded[i] = (F)rows[i];
+  for (int half = W / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) folded[i] = fold(folded[i], folded[i + half]);
+  }
+  return folded[0];
+}
 
-    F sums[2] = {};
-    for (i = 0; i < filled; i += 2 * W) {
-      const F a = exp2_of_negative(load(scores + i) * factor - shift);
-      const F b = exp2_of_negative(load(scores + i + W) * factor - shift);
-      sums[0] += a;
-      sums[1] += b;
-      store_weights(weights + i, a, b);
-    }
-    std::fill(weights + filled, weights + padded, O{});
-    const float fade = std::exp2(high - shift);
-    high = now;
-    total = total * fade + sum(sums[0] + sums[1]);
-    return fade;
+// What the queries of a group have seen so far; kExact where their lse is wanted.
+template <bool kExact>
+struct alignas(64) GroupSoftmax {
+  float high[kGroup];   // largest score
+  float total[kGroup];  // sum of e^(scale * (score - high))
+  float fade[kGroup];   // what the weighted sums of blocks before the last are to be multiplied by
+
+  GroupSoftmax() {
+    std::fill_n(high, kGroup, -kInfinity);
+    std::fill_n(total, kGroup, 0.0f);
+    std::fill_n(fade, kGroup, 1.0f);
   }
 
-  // Natural logarithm of the sum of e^score; -inf without a key.
-  float lse() const { return (high + std::log2(total)) * 0.693147181f; }
+  // weights[rows][keys] = e^(scale * (score - high)) of a block of keys, a multiple of kPanel of
+  // them; scores that are -inf weigh next to nothing. scale > 0. Calls between(row) before each
+  // row's weights.
+  template <class O, class Between>
+  void add(O* weights, int64_t stride_weights, const float* scores, int64_t stride_scores,
+           int64_t rows, int64_t keys, float scale, const Between& between) {
+    alignas(64) float lanes[kGroup][W] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* x = scores + row * stride_scores;
+      F most[2] = {load(x), load(x + W)};
+      for (int64_t i = 2 * W; i < keys; i += 2 * W) {
+        most[0] = maximum(load(x + i), most[0]);
+        most[1] = maximum(load(x + i + W), most[1]);
+      }
+      store(lanes[row], maximum(most[0], most[1]));
+    }
+    for (int row = 0; row < kGroup; row += W) {
+      const F before = load(high + row);
+      const F now = maximum(across(lanes + row, [](F a, F b) { return maximum(a, b); }), before);
+      store(high + row, now);
+      store(fade + row, before == now ? F{} + 1.0f : exp((before - now) * scale));
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      between(row);
+      const float* x = scores + row * stride_scores;
+      O* to = weights + row * stride_weights;
+      // A NaN query's scores have no maximum.
+      const float subtracted = high[row] == -kInfinity ? 0.0f : high[row];
+      const float factor = scale * 1.44269504f, shift = subtracted * factor;
+      auto weight = [&](int64_t at) {
+        const F score = load(x + at);
+        if constexpr (kPairs<O>) {
+          return exp2_of_negative<kExact>(score * factor - shift);
+        } else {
+          return exp((score - subtracted) * scale);  // without the error of the factor
+        }
+      };
+      F sums[2] = {};
+      for (int64_t i = 0; i < keys; i += 2 * W) {
+        const F a = weight(i), b = weight(i + W);
+        sums[0] += a;
+        sums[1] += b;
+        store_weights(to + i, a, b);
+      }
+      store(lanes[row], sums[0] + sums[1]);
+    }
+    for (int row = 0; row < kGroup; row += W) {
+      const F added = across(lanes + row, [](F a, F b) { return a + b; });
+      store(total + row, load(total + row) * load(fade + row) + added);
+    }
+  }
+
+  // Natural logarithm of the sum of e^(scale * score), of scale > 0; -inf without a key.
+  float lse(int64_t row, float scale) const {
+    return high[row] == -kInfinity && total[row] == total[row]
+               ? -kInfinity
+               : high[row] * scale + std::log(total[row]);
+  }
 };
 
 }  // namespace kimi::KIMI_ISA

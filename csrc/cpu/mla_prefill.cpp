@@ -18,7 +18,7 @@ extern "C" int KIMI_NAME(mla_prefill)(const kimi_team* team, int64_t dtype, void
   return entry([&] {
     with_element(dtype, [&](auto element) {
       using E = decltype(element);
-      attention(team, static_cast<E*>(out), lse, call);
+      attention<true>(team, static_cast<E*>(out), lse, call);
     });
   });
 }

@@ -17,7 +17,7 @@ extern "C" int KIMI_NAME(vision_attention)(const kimi_team* team, int64_t dtype,
   return entry([&] {
     with_element(dtype, [&](auto element) {
       using E = decltype(element);
-      attention(team, static_cast<E*>(out), nullptr, call);
+      attention<false>(team, static_cast<E*>(out), nullptr, call);
     });
   });
 }
