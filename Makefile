@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint bench compiled triton-versions gpu-check clean
+.PHONY: venv demo test test-sanitize lint bench compiled triton-versions gpu-check clean
 
 venv: $(STAMP)
 
@@ -25,6 +25,35 @@ demo: venv
 # each with one thread: most of the time goes into emulated kernels, which have no other use for two.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+# The CPU library built with sanitizers, under the tests of its own backends with every instruction
+# set: out-of-bounds accesses and undefined behaviour, then data races. The runtime of a sanitizer
+# must be the first library of the process, and its report is on stderr, hence --capture=sys.
+# Memory that intrinsics reach (masked accesses, AMX tiles) is seen by neither: the scalar build of
+# the same text and the poison around the tests' tensors stand in for that.
+SANITIZE_TESTS = $(patsubst kimi_ops/cpu/%.py,tests/test_%.py,$(filter-out kimi_ops/cpu/_%,$(wildcard kimi_ops/cpu/*.py)))
+SANITIZE_RUN = OMP_NUM_THREADS=1 KIMI_OPS_CPU_LIBRARY=$(abspath build/sanitize)
+# GCC 12's libtsan stops where Linux places libraries as freely as new kernels do.
+FIXED_ADDRESSES = $(shell setarch -R true 2> /dev/null && echo setarch -R)
+SANITIZE_PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --max-worker-restart 0 \
+	--capture=sys -k "cpu[" $(SANITIZE_TESTS) $(ARGS)
+
+test-sanitize: venv build/sanitize/address build/sanitize/thread
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZE_RUN)/address/libkimi_ops_cpu.so \
+		$(SANITIZE_PYTEST) --own-threads 2
+	LD_PRELOAD=$$($(CXX) -print-file-name=libtsan.so) TSAN_OPTIONS=halt_on_error=1 \
+		$(SANITIZE_RUN)/thread/libkimi_ops_cpu.so \
+		$(FIXED_ADDRESSES) $(SANITIZE_PYTEST) --own-threads 3
+
+# CMake knows what has changed, so these are made every time.
+.PHONY: build/sanitize/address build/sanitize/thread
+build/sanitize/address: SANITIZE = address,undefined
+build/sanitize/thread: SANITIZE = thread
+build/sanitize/address build/sanitize/thread: venv
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $@ -G Ninja -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g1" -DKIMI_SANITIZE=$(SANITIZE) --log-level=WARNING
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $@
 
 lint: venv
 	$(BIN)/ruff format --check .

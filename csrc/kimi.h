@@ -82,6 +82,18 @@ KIMI_OP(int4_linear,
     int64_t stride_scale, int64_t scale_dtype,
     int64_t one_path);                  // not 0: one path whatever `tokens` is
 
+KIMI_OP(merge_attention,
+    int64_t dtype,
+    void* out,                          // [rows, width]
+    float* lse,                         // [rows]
+    const void* out_a,                  // [rows, width]
+    kimi_rows rows_a,
+    const float* lse_a,                 // [rows]
+    const void* out_b,                  // [rows, width]
+    kimi_rows rows_b,
+    const float* lse_b,                 // [rows]
+    int64_t rows, int64_t width);
+
 KIMI_OP(mla_absorb_query,
     int64_t dtype,
     void* q_latent,                     // [T, H, C+R]
@@ -137,6 +149,21 @@ KIMI_OP(mla_latent_write,
     void* kv_cache, int64_t stride_page, int64_t stride_row,  // [pages, page_size, c + r], or
                                         // bytes [pages, page_size, c + 16 + 2 r]
     int64_t tokens, int64_t q, int64_t c, int64_t r, int64_t pages, int64_t page_size, float eps);
+
+KIMI_OP(mla_prefill,
+    int64_t dtype,
+    void* out,                          // [T, H, V]
+    float* lse,                         // [T, H]
+    const void* q,                      // [T, H, N+R]
+    int64_t stride_q_t, int64_t stride_q_h,
+    const void* k,                      // [L, H, N+R]
+    int64_t stride_k_t, int64_t stride_k_h,
+    const void* v,                      // [L, H, V]
+    int64_t stride_v_t, int64_t stride_v_h,
+    const int32_t* cu_seqlens_q,        // [B+1]
+    const int32_t* cu_seqlens_k,        // [B+1]
+    int64_t sequences, int64_t tokens, int64_t keys, int64_t heads,
+    int64_t width, int64_t value_width, float scale, int64_t causal);
 
 KIMI_OP(mla_project_value,
     int64_t dtype,
@@ -210,6 +237,18 @@ KIMI_OP(silu_mul,
     void* y,                            // [rows, width]
     const void* gate_up, kimi_rows rows_gate_up,  // [rows, 2 width], width > 0
     int64_t rows, int64_t width);
+
+KIMI_OP(vision_attention,
+    int64_t dtype,
+    void* out,                          // [L, H, head_dim]
+    const void* q,                      // [L, H, head_dim], k and v too
+    int64_t stride_q_t, int64_t stride_q_h,
+    const void* k,
+    int64_t stride_k_t, int64_t stride_k_h,
+    const void* v,
+    int64_t stride_v_t, int64_t stride_v_h,
+    const int32_t* cu_seqlens,          // [n+1]
+    int64_t segments, int64_t tokens, int64_t heads, int64_t head_dim, float scale);
 // clang-format on
 
 #ifdef __cplusplus

@@ -35,10 +35,22 @@ _NO_MEMORY = 1  # KIMI_NO_MEMORY
 _FORCED: ContextVar[str | None] = ContextVar("kimi_ops_cpu_isa", default=None)
 
 
+def _path() -> Path:
+    """``KIMI_OPS_CPU_LIBRARY``, or where the installation puts the library."""
+    wish = os.environ.get("KIMI_OPS_CPU_LIBRARY", "")
+    if wish and not Path(wish).is_file():
+        raise ValueError(f"KIMI_OPS_CPU_LIBRARY: there is no file {wish}")
+    return Path(wish) if wish else LIBRARY
+
+
 @functools.cache
 def missing() -> str | None:
-    """Why there is no CPU library, and how to get it; None if it is there."""
-    if not LIBRARY.is_file():
+    """Why there is no CPU library, and how to get it; None if it is there.
+
+    Raises:
+        ValueError: ``KIMI_OPS_CPU_LIBRARY`` names no file.
+    """
+    if not _path().is_file():
         return (
             "the CPU library was not built: install a C++20 compiler "
             "and reinstall kimi-ops (`kimi-ops doctor` shows what was found)"
@@ -54,7 +66,7 @@ def missing() -> str | None:
 
 @functools.cache
 def _open() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY))
+    library = ctypes.CDLL(str(_path()))
     library.kimi_abi_version.restype = ctypes.c_int
     library.kimi_cpu_isas.restype = ctypes.c_char_p
     return library

@@ -18,7 +18,7 @@ from kimi_ops._backends import BACKENDS, GPU_BACKENDS, has_kernel
 from kimi_ops._dispatch import get_op
 from kimi_ops._target import too_old
 from kimi_ops.testing import cases, check
-from kimi_ops.testing.isas import cpu_backends, with_cpu_backend
+from kimi_ops.testing.isas import cpu_backends, use_own_threads, with_cpu_backend
 from kimi_ops.testing.ways import WAYS, Way, ways_of, with_way
 
 # What was left out for size: way, or backend on a device -> number of cases.
@@ -40,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="leave out the cases of more work than N (see kimi_ops.testing.inputs) everywhere",
     )
     parser.addoption(
+        "--own-threads",
+        type=int,
+        metavar="N",
+        help="run the CPU library on N threads of its own, and not on torch's",
+    )
+    parser.addoption(
         "--backend-module",
         metavar="OP=MODULE",
         action="append",
@@ -53,6 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
     check.DEVICE = config.getoption("--device")
     if check.DEVICE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
+    if own_threads := config.getoption("--own-threads"):
+        use_own_threads(own_threads)
     for item in config.getoption("--backend-module"):
         op, _, module = item.partition("=")
         kimi_ops.register_backend(op, "mine", importlib.import_module(module))

@@ -315,6 +315,24 @@ def test_library_of_another_platform_is_a_reason(tmp_path, monkeypatch):
             _native._open.cache_clear()
 
 
+def test_library_of_the_environment_replaces_the_packages_own(tmp_path, monkeypatch):
+    from kimi_ops import _native
+
+    (tmp_path / "mine.so").write_bytes(b"not a library")
+    _native.missing.cache_clear()
+    _native._open.cache_clear()
+    try:
+        monkeypatch.setenv("KIMI_OPS_CPU_LIBRARY", str(tmp_path / "mine.so"))
+        assert "mine.so" in _native.missing()
+        monkeypatch.setenv("KIMI_OPS_CPU_LIBRARY", str(tmp_path / "no.so"))
+        _native.missing.cache_clear()
+        with pytest.raises(ValueError, match=r"KIMI_OPS_CPU_LIBRARY: there is no file .*no\.so"):
+            _native.missing()
+    finally:
+        _native.missing.cache_clear()
+        _native._open.cache_clear()
+
+
 def test_batch_invariant_mode_refuses_who_does_not_promise_it():
     x, weight = torch.randn(2, 8), torch.ones(8)
     with kimi_ops.batch_invariant():

@@ -144,7 +144,15 @@ def test_native_code_knows_no_torch():
 
 
 # CMake's, which no process reads from its environment.
-CMAKE_VARIABLES = {"KIMI_ISA", "KIMI_FATBINS", "KIMI_ARCHITECTURES", "KIMI_CUDA_OPTIONS"}
+CMAKE_VARIABLES = {
+    "KIMI_ARCHITECTURES",
+    "KIMI_CPU_OPTIONS",
+    "KIMI_CUDA_OPTIONS",
+    "KIMI_FATBINS",
+    "KIMI_ISA",
+    "KIMI_SANITIZE",
+    "KIMI_WITH_AMX",
+}
 
 
 def test_every_environment_variable_is_documented():

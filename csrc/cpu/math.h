@@ -5,6 +5,8 @@
 
 namespace kimi::KIMI_ISA {
 
+inline constexpr float kInfinity = __builtin_inff();
+
 // Sum and maximum of the lanes, always in the same order: halves onto halves.
 inline float sum(F x) {
 #if defined(__AVX512F__)

@@ -12,6 +12,11 @@
 #include <memory>
 #include <new>
 
+#if defined(__SANITIZE_THREAD__)
+#include <chrono>
+#include <thread>
+#endif
+
 #include "kimi.h"
 
 // kimi_<op>_<isa>, the name of an entry in the source that is compiled for KIMI_ISA.
@@ -28,6 +33,10 @@ class Items {
 
   // Takes the next item; false when none is left.
   bool take(int64_t& item) {
+#if defined(__SANITIZE_THREAD__)
+    // A turn for the other threads: one alone would be through with a test's few items.
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+#endif
     item = next_.fetch_add(1, std::memory_order_relaxed);
     return item < count_;
   }

@@ -13,8 +13,6 @@
 
 namespace kimi::KIMI_ISA {
 
-inline constexpr float kInfinity = __builtin_inff();
-
 // Words of two weights rounded to bfloat16, the first in the low half. They lie within 0 .. 1, or
 // are a NaN that began as bfloat16: rounding cannot carry it to infinity.
 inline U pair_weights(F first, F second) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,3 +49,13 @@ def with_cpu_backend(op: str, name: str) -> Iterator[str]:
         yield name
     finally:
         del contract._loaded[name]
+
+
+def use_own_threads(count: int) -> None:
+    """From now on ops of the CPU library run on ``count`` threads that each call starts itself.
+
+    For thread sanitizers, which cannot see how the threads of torch's pool wait for each other.
+    """
+    runner = ctypes.cast(_native._open().kimi_run_threads, ctypes.c_void_p).value
+    team = ctypes.pointer(_native._Team(run=runner, threads=count))
+    _native._team = lambda _torch_threads: team  # type: ignore[assignment]
