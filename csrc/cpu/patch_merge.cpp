@@ -169,7 +169,7 @@ extern "C" int KIMI_NAME(patch_merge)(const kimi_team* team, int64_t dtype, void
                          pw.get(),
                          pb.get(),
                          eps};
-      with_streaming(y, merged_length, width * static_cast<int64_t>(sizeof(E)),
+      with_streaming(y, 4 * merged_length, width * static_cast<int64_t>(sizeof(E)),
                      [&](auto stream) { call.run(team, grid, stream); });
     });
   });

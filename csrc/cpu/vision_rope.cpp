@@ -19,14 +19,15 @@ constexpr int64_t kTabled = 1024;
 // Cosines and sines of positions, each angle for the four elements of two neighbouring pairs.
 class Turns {
  public:
-  Turns(int64_t head_dim, int64_t positions)
+  Turns(int64_t head_dim, int64_t repeats, int64_t positions)
       : positions_(positions),
-        pairs_(head_dim / 2),
+        pairs_(repeats * head_dim / 2),
         size_(turns_size(pairs_)),
         frequency_(pairs_),
         table_(2 * size_ * positions) {
     for (int64_t i = 0; i < pairs_; ++i) {
-      const double exponent = -4.0 * static_cast<double>(i / 2) / static_cast<double>(head_dim);
+      const double exponent =
+          -4.0 * static_cast<double>(i % (head_dim / 2) / 2) / static_cast<double>(head_dim);
       frequency_[i] = static_cast<float>(std::pow(10000.0, exponent));
     }
     for (int64_t p = 0; p < positions; ++p) fill(table_.get() + 2 * size_ * p, p);
@@ -58,42 +59,42 @@ struct Call {
   int64_t heads, head_dim;
   int64_t repeats;  // heads side by side that fill whole vectors; 1 if heads are apart
 
-  // cosines[repeats * head_dim] of a patch, or its sines: from its column, and from its row in
-  // every other pair.
-  void join(float* to, const float* column, const float* row) const {
-    for (int64_t i = 0; i < head_dim; i += 4) {
-      for (int64_t copy = 0; copy < repeats; ++copy) {
-        std::memcpy(to + copy * head_dim + i, column + i, 8);
-        std::memcpy(to + copy * head_dim + i + 2, row + i + 2, 8);
-      }
+  // Cosines of a patch, or its sines: from its column, and from its row in every other pair.
+  static void join(float* to, const float* column, const float* row, int64_t size) {
+    I odd_pair;
+    for (int lane = 0; lane < W; ++lane) odd_pair[lane] = lane & 2 ? -1 : 0;
+    for (int64_t i = 0; i < size; i += W) {
+      store(to + i, odd_pair ? load(row + i) : load(column + i));
     }
   }
 
-  void rotate(E* x, const float* cosines, const float* sines, int64_t width) const {
+  void rotate(E* x, const float* cosines, const float* sines, int64_t width, int64_t ahead) const {
     for_each_piece(width, [&](int64_t i, auto n) {
+      if (ahead != 0) __builtin_prefetch(x + ahead + i);
       store_piece(x + i, rotated(x + i, cosines + i, sines + i, n), n);
     });
   }
 
-  void rotate_patch(int64_t patch, const float* cosines, const float* sines) const {
+  void rotate_patch(int64_t patch, const float* cosines, const float* sines, int64_t ahead) const {
     for (int64_t part = 0; part < 2; ++part) {
       E* x = qkv + patch * stride_patch + part * stride_part;
       int64_t head = 0;
       for (; head + repeats <= heads; head += repeats) {
-        rotate(x + head * stride_head, cosines, sines, repeats * head_dim);
+        rotate(x + head * stride_head, cosines, sines, repeats * head_dim, ahead);
       }
-      if (head < heads) rotate(x + head * stride_head, cosines, sines, (heads - head) * head_dim);
+      if (head < heads)
+        rotate(x + head * stride_head, cosines, sines, (heads - head) * head_dim, ahead);
     }
   }
 
   void run(const kimi_team* team, const Grid& grid) const {
     int64_t positions = 0;
     for (const Entry& entry : grid) positions = std::max({positions, entry.h, entry.w});
-    const Turns turns(head_dim, std::min({positions, grid.patches(), kTabled}));
+    const Turns turns(head_dim, repeats, std::min({positions, grid.patches(), kTabled}));
     const int64_t at_once = 1 + 8192 / (2 * heads * head_dim);
     run_items(team, (grid.patches() + at_once - 1) / at_once, [&](Items& items) {
-      const Buffer<float> own(4 * turns.size()), joined(2 * repeats * head_dim);
-      float *own_row = own.get() + 2 * turns.size(), *sines = joined.get() + repeats * head_dim;
+      const Buffer<float> own(4 * turns.size()), joined(2 * turns.size());
+      float *own_row = own.get() + 2 * turns.size(), *sines = joined.get() + turns.size();
       for (int64_t item; items.take(item);) {
         const int64_t last = std::min(grid.patches(), (item + 1) * at_once);
         for (int64_t patch = item * at_once; patch < last; ++patch) {
@@ -101,9 +102,9 @@ struct Call {
           const int64_t place = patch - entry.start;
           const float* column = turns.at(place % entry.w, own.get());
           const float* row = turns.at(place / entry.w % entry.h, own_row);
-          join(joined.get(), column, row);
-          join(sines, column + turns.size(), row + turns.size());
-          rotate_patch(patch, joined.get(), sines);
+          join(joined.get(), column, row, turns.size());
+          join(sines, column + turns.size(), row + turns.size(), turns.size());
+          rotate_patch(patch, joined.get(), sines, patch + 1 < last ? stride_patch : 0);
         }
       }
     });
