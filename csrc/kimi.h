@@ -225,6 +225,16 @@ KIMI_OP(moe_sort,
     const int32_t* ids, kimi_rows rows_ids,  // [tokens, top_k]
     int64_t tokens, int64_t top_k, int64_t first, int64_t local);
 
+KIMI_OP(patch_merge,
+    int64_t dtype,
+    void* y,                            // [merged_length, 4 width]
+    const void* x, int64_t stride_x,    // [length, width]
+    const void* grid_thws, int64_t grid_bytes,  // [entries, 3] integers of 4 or 8 bytes
+    int64_t entries,
+    const void* final_weight, const void* final_bias,  // [width]
+    const void* pre_weight, const void* pre_bias,      // [width]
+    int64_t length, int64_t merged_length, int64_t width, float eps);
+
 KIMI_OP(rms_norm,
     int64_t dtype,
     void* y,                            // [rows, width]
@@ -249,6 +259,21 @@ KIMI_OP(vision_attention,
     int64_t stride_v_t, int64_t stride_v_h,
     const int32_t* cu_seqlens,          // [n+1]
     int64_t segments, int64_t tokens, int64_t heads, int64_t head_dim, float scale);
+
+KIMI_OP(vision_pos_embed,
+    int64_t dtype,
+    void* y,                            // [length, width], width > 0
+    const void* x, int64_t stride_x,    // [length, width]
+    const void* table, int64_t stride_row, int64_t stride_column,  // [rows, columns, width]
+    const void* grid_thws, int64_t grid_bytes,  // [entries, 3] integers of 4 or 8 bytes
+    int64_t entries, int64_t length, int64_t rows, int64_t columns, int64_t width);
+
+KIMI_OP(vision_rope,
+    int64_t dtype,
+    void* qkv, int64_t stride_patch, int64_t stride_part, int64_t stride_head,
+                                        // [length, 3, heads, head_dim]
+    const void* grid_thws, int64_t grid_bytes,  // [entries, 3] integers of 4 or 8 bytes
+    int64_t entries, int64_t length, int64_t heads, int64_t head_dim);
 // clang-format on
 
 #ifdef __cplusplus
