@@ -18,16 +18,16 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import kimi_ops.csrc
 from kimi_ops._strided_rows import Rows
 
 LIBRARY = Path(__file__).parent / "_lib" / "libkimi_ops_cpu.so"
-HEADER = Path(kimi_ops.csrc.__file__).parent / "kimi.h"
+HEADER = Path(import_module("kimi_ops.csrc").__path__[0]) / "kimi.h"
 ABI_VERSION = 2  # of csrc/kimi.h; raised with every incompatible change there
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # KIMI_BF16, KIMI_F16, KIMI_F32
 _NO_MEMORY = 1  # KIMI_NO_MEMORY
