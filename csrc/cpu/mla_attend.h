@@ -13,7 +13,7 @@
 
 namespace kimi::KIMI_ISA {
 
-inline constexpr int64_t kSplitKeys = 512;                   // of a split at least
+inline constexpr int64_t kSplitKeys = 1024;                  // of a split at least
 inline constexpr int64_t kMostSplits = 32;                   // of a sequence
 inline constexpr int64_t kPartialBytes = int64_t{32} << 20;  // of partial results at a time
 
