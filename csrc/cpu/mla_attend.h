@@ -60,8 +60,8 @@ void join_splits(E* out, float* lse, const MlaCall& call, float* partials, int64
   }
 }
 
-// Calls body(b, tile, split, splits, place) for the items of sequences first .. last - 1; place
-// counts partial results.
+// The items of the sequences from `first` on, as many as have `most` items together, at least one;
+// a sequence's are neighbours.
 class MlaItems {
  public:
   MlaItems(const MlaCall& call, int64_t first, int64_t most)
