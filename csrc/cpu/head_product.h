@@ -149,7 +149,7 @@ void many_tokens(HeadWorkspace<E>& work, const HeadProduct& p, int64_t head, int
   }
 }
 
-// Takes items of p from `first` on until body(item) has had those before it and there are no more.
+// Takes items until there are none: those below `first` go to before(item), the others are p's.
 template <class E, class Body>
 void take_head_products(Items& taken, const HeadProduct& p, int64_t first, const Body& before) {
   constexpr bool kVectors = std::is_same_v<E, bf16>;

@@ -13,7 +13,7 @@
 
 namespace kimi::KIMI_ISA {
 
-inline constexpr int64_t kSplitKeys = 512;                   // of a split at least
+inline constexpr int64_t kSplitKeys = 1024;                  // of a split at least
 inline constexpr int64_t kMostSplits = 32;                   // of a sequence
 inline constexpr int64_t kPartialBytes = int64_t{32} << 20;  // of partial results at a time
 
@@ -60,8 +60,8 @@ void join_splits(E* out, float* lse, const MlaCall& call, float* partials, int64
   }
 }
 
-// Calls body(b, tile, split, splits, place) for the items of sequences first .. last - 1; place
-// counts partial results.
+// The items of the sequences from `first` on, as many as have `most` items together, at least one;
+// a sequence's are neighbours.
 class MlaItems {
  public:
   MlaItems(const MlaCall& call, int64_t first, int64_t most)
