@@ -75,6 +75,17 @@ KIMI_OP(merge_attention,
     const float* lse_b,                 // [rows]
     int64_t rows, int64_t width);
 
+KIMI_OP(mla_absorb_query,
+    int64_t dtype,
+    void* q_latent,                     // [T, H, C+R]
+    const void* q,                      // [T, H, N+R]
+    int64_t stride_q_t, int64_t stride_q_h,
+    const void* w_uk,                   // [H, N, C]
+    int64_t stride_w_h, int64_t stride_w_n,
+    const int64_t* positions,           // [T]
+    const float* inv_freq,              // [R/2]
+    int64_t tokens, int64_t heads, int64_t nope, int64_t rope, int64_t rank,
+    int64_t one_path);                  // one order of sums for any T
 KIMI_OP(mla_decode,
     int64_t dtype,
     void* out,                          // [B, S, H, C]
@@ -88,6 +99,38 @@ KIMI_OP(mla_decode,
     int64_t stride_table_b, int64_t max_pages,
     const int32_t* seq_lens,            // [B]
     int64_t batch, int64_t new_tokens, int64_t heads, int64_t rank, int64_t rope, float scale);
+
+KIMI_OP(mla_decode_value,
+    int64_t dtype,
+    void* value,                        // [B, S, H, V]
+    const void* q,                      // [B, S, H, C+R]
+    int64_t stride_q_b, int64_t stride_q_s, int64_t stride_q_h,
+    const void* kv_cache,               // [num_pages, P, C+R], or bytes [num_pages, P, C+16+2R]
+    int64_t fp8, int64_t num_pages, int64_t page_size,
+    int64_t stride_cache_page, int64_t stride_cache_token,
+    const int32_t* page_table,          // [B, max_pages]
+    int64_t stride_table_b, int64_t max_pages,
+    const int32_t* seq_lens,            // [B]
+    const void* w_uv,                   // [H, V, C]
+    int64_t stride_w_h, int64_t stride_w_v,
+    int64_t batch, int64_t new_tokens, int64_t heads, int64_t rank, int64_t rope, int64_t width,
+    float scale,
+    int64_t one_path);                  // one order of sums of the projection for any B * S
+KIMI_OP(mla_project_value,
+    int64_t dtype,
+    void* value,                        // [T, H, V]
+    const void* out,                    // [T, H, C]
+    int64_t stride_out_t, int64_t stride_out_h,
+    const void* w_uv,                   // [H, V, C]
+    int64_t stride_w_h, int64_t stride_w_v,
+    int64_t tokens, int64_t heads, int64_t width, int64_t rank,
+    int64_t one_path);                  // one order of sums for any T
+KIMI_OP(rms_norm,
+    int64_t dtype,
+    void* y,                            // [rows, width]
+    const void* x, kimi_rows rows_x,    // [rows, width]
+    const void* weight,                 // [width]
+    int64_t rows, int64_t width, float eps);
 
 KIMI_OP(mla_prefill,
     int64_t dtype,
@@ -103,13 +146,6 @@ KIMI_OP(mla_prefill,
     const int32_t* cu_seqlens_k,        // [B+1]
     int64_t sequences, int64_t tokens, int64_t keys, int64_t heads,
     int64_t width, int64_t value_width, float scale, int64_t causal);
-
-KIMI_OP(rms_norm,
-    int64_t dtype,
-    void* y,                            // [rows, width]
-    const void* x, kimi_rows rows_x,    // [rows, width]
-    const void* weight,                 // [width]
-    int64_t rows, int64_t width, float eps);
 
 KIMI_OP(vision_attention,
     int64_t dtype,

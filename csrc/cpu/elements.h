@@ -50,7 +50,13 @@ inline H load_halves(const void* p) {
   return h;
 }
 
-inline F widen_bf16(H h) { return (F)(__builtin_convertvector(h, U) << 16); }
+inline F widen_bf16(H h) {
+#if defined(__AVX512F__)
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);  // GCC 12 makes five of it
+#else
+  return (F)(__builtin_convertvector(h, U) << 16);
+#endif
+}
 
 inline F widen_fp16(H h) {
 #if defined(__AVX512F__)

@@ -14,7 +14,7 @@
 namespace kimi::KIMI_ISA {
 
 inline constexpr int64_t kSplitKeys = 512;                   // of a split at least
-inline constexpr int64_t kMostSplits = 64;                   // of a sequence
+inline constexpr int64_t kMostSplits = 32;                   // of a sequence
 inline constexpr int64_t kPartialBytes = int64_t{32} << 20;  // of partial results at a time
 
 // Tokens of a split of a sequence: what its length and the shape of a row's query ask for.
@@ -106,7 +106,7 @@ void attend(const kimi_team* team, E* out, float* lse, const MlaCall& call) {
     const bool joins = items.count() > (items.last() - first) * tiles;
     Buffer<float> partials(joins ? items.count() * stride : 0);
     run_items(team, items.count(), [&](Items& taken) {
-      [[maybe_unused]] Tiles tile_registers;
+      Tiles tile_registers;
       MlaWorkspace<E> work(call);
       Buffer<float> own(stride);
       for (int64_t item; taken.take(item);) {

@@ -41,6 +41,15 @@ struct MlaCache {
   }
 };
 
+// Strides in elements of the cache's own.
+template <class E>
+inline MlaCache cache_of(const void* data, int64_t fp8, int64_t num_pages, int64_t page_size,
+                         int64_t stride_page, int64_t stride_token, int64_t rank, int64_t rope) {
+  const int64_t bytes = fp8 ? 1 : static_cast<int64_t>(sizeof(E));
+  return {static_cast<const char*>(data), fp8 != 0, num_pages, page_size, stride_page * bytes,
+          stride_token * bytes,           rank,     rope};
+}
+
 // W codes of e4m3, as the float16 whose value is 2^-8 times theirs. NaN codes become numbers: their
 // row's scale is NaN.
 inline F widen_e4m3(const uint8_t* codes) {
@@ -90,7 +99,8 @@ class KeyBlock {
   using O = Operand<E>;
 
  public:
-  // `dense` has room for `keys` rows of padded depth where the cache cannot be read in place.
+  // `dense` has room for `keys` rows of padded depth where the cache cannot be read in place, and
+  // is null where it can.
   KeyBlock(const MlaCache& cache, const int32_t* pages, int64_t first, int64_t keys, O* dense)
       : cache_(cache), pages_(pages), first_(first), keys_(keys), dense_(dense) {
     if (dense) copy();

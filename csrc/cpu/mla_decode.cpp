@@ -11,21 +11,11 @@ extern "C" int KIMI_NAME(mla_decode)(
   return entry([&] {
     with_element(dtype, [&](auto element) {
       using E = decltype(element);
-      const int64_t bytes = fp8 ? 1 : static_cast<int64_t>(sizeof(E));
-      const MlaCall call = {q,
-                            stride_q_b,
-                            stride_q_s,
-                            stride_q_h,
-                            {static_cast<const char*>(kv_cache), fp8 != 0, num_pages, page_size,
-                             stride_cache_page * bytes, stride_cache_token * bytes, rank, rope},
-                            page_table,
-                            stride_table_b,
-                            max_pages,
-                            seq_lens,
-                            batch,
-                            new_tokens,
-                            heads,
-                            scale};
+      const MlaCache cache = cache_of<E>(kv_cache, fp8, num_pages, page_size, stride_cache_page,
+                                         stride_cache_token, rank, rope);
+      const MlaCall call = {q,          stride_q_b,     stride_q_s, stride_q_h, cache,
+                            page_table, stride_table_b, max_pages,  seq_lens,   batch,
+                            new_tokens, heads,          scale};
       attend(team, static_cast<E*>(out), lse, call);
     });
   });

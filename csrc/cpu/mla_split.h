@@ -8,7 +8,7 @@
 namespace kimi::KIMI_ISA {
 
 inline constexpr int64_t kTileRows = 128;   // query rows of a tile at most
-inline constexpr int64_t kBlockKeys = 512;  // tokens of a block: 576 KiB of bfloat16, in L2
+inline constexpr int64_t kBlockKeys = 256;  // tokens of a block: 576 KiB of bfloat16, in L2
 
 // Shapes of a call, and where its tensors are; strides in elements.
 struct MlaCall {

@@ -93,10 +93,37 @@ inline void pack_rows_as_columns(float* panel, const fp16* x, int64_t stride_x, 
   }
 }
 
+#if defined(__AVX512BW__)
+// pack_rows of kPanel columns: words of two rows by an unpack and an exchange of quarters.
+inline void pack_whole_rows(bf16* panel, const bf16* x, int64_t stride_x, int64_t k) {
+  const __m512i left = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+  const __m512i right = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+  auto pair = [&](int64_t i, __m512i even, __m512i odd) {
+    const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+    bf16* to = panel + i * kPanel;
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi64(low, left, high));
+    _mm512_storeu_si512(to + kPanel, _mm512_permutex2var_epi64(low, right, high));
+  };
+  auto row = [&](int64_t i) { return _mm512_loadu_si512(x + i * stride_x); };
+  int64_t i = 0;
+  for (; i + 2 <= k; i += 2) pair(i, row(i), row(i + 1));
+  if (i < k) {
+    pair(i, row(i), __m512i{});
+    i += 2;
+  }
+  for (; i < padded_depth<bf16>(k); i += 2) pair(i, __m512i{}, __m512i{});
+}
+#endif
+
 // One panel whose rows are the rows x[0 .. k), `columns` (at most kPanel) elements each:
 // panel[k][column] = x[k][column]. Columns from `columns` on are 0, and the depth is padded with 0.
 template <class E>
 inline void pack_rows(Operand<E>* panel, const E* x, int64_t stride_x, int64_t columns, int64_t k) {
+#if defined(__AVX512BW__)
+  if constexpr (kPairs<Operand<E>>) {
+    if (columns == kPanel) return pack_whole_rows(panel, x, stride_x, k);
+  }
+#endif
   for (int64_t column = 0; column < kPanel; column += W) {
     const int64_t width = std::clamp<int64_t>(columns - column, 0, W);
     auto row = [&](int64_t i) {
