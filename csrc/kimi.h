@@ -86,6 +86,7 @@ KIMI_OP(mla_absorb_query,
     const float* inv_freq,              // [R/2]
     int64_t tokens, int64_t heads, int64_t nope, int64_t rope, int64_t rank,
     int64_t one_path);                  // one order of sums for any T
+
 KIMI_OP(mla_decode,
     int64_t dtype,
     void* out,                          // [B, S, H, C]
@@ -116,21 +117,6 @@ KIMI_OP(mla_decode_value,
     int64_t batch, int64_t new_tokens, int64_t heads, int64_t rank, int64_t rope, int64_t width,
     float scale,
     int64_t one_path);                  // one order of sums of the projection for any B * S
-KIMI_OP(mla_project_value,
-    int64_t dtype,
-    void* value,                        // [T, H, V]
-    const void* out,                    // [T, H, C]
-    int64_t stride_out_t, int64_t stride_out_h,
-    const void* w_uv,                   // [H, V, C]
-    int64_t stride_w_h, int64_t stride_w_v,
-    int64_t tokens, int64_t heads, int64_t width, int64_t rank,
-    int64_t one_path);                  // one order of sums for any T
-KIMI_OP(rms_norm,
-    int64_t dtype,
-    void* y,                            // [rows, width]
-    const void* x, kimi_rows rows_x,    // [rows, width]
-    const void* weight,                 // [width]
-    int64_t rows, int64_t width, float eps);
 
 KIMI_OP(mla_prefill,
     int64_t dtype,
@@ -146,6 +132,23 @@ KIMI_OP(mla_prefill,
     const int32_t* cu_seqlens_k,        // [B+1]
     int64_t sequences, int64_t tokens, int64_t keys, int64_t heads,
     int64_t width, int64_t value_width, float scale, int64_t causal);
+
+KIMI_OP(mla_project_value,
+    int64_t dtype,
+    void* value,                        // [T, H, V]
+    const void* out,                    // [T, H, C]
+    int64_t stride_out_t, int64_t stride_out_h,
+    const void* w_uv,                   // [H, V, C]
+    int64_t stride_w_h, int64_t stride_w_v,
+    int64_t tokens, int64_t heads, int64_t width, int64_t rank,
+    int64_t one_path);                  // one order of sums for any T
+
+KIMI_OP(rms_norm,
+    int64_t dtype,
+    void* y,                            // [rows, width]
+    const void* x, kimi_rows rows_x,    // [rows, width]
+    const void* weight,                 // [width]
+    int64_t rows, int64_t width, float eps);
 
 KIMI_OP(vision_attention,
     int64_t dtype,
