@@ -58,7 +58,7 @@ def test_an_op_compiled_again_replaces_its_cells_and_remarks(tool):
     found = {"3.9.0": {"moe_sort": [row("other_kernel")]}}
     assert tool.updated(BEFORE, found, OPS) == BEFORE.replace(
         "yes | spills: sm_80 |",
-        "yes | not used |\n| `moe_sort` | `other_kernel` | not compiled | yes |",
+        "yes | not used |\n| `moe_sort` | `other_kernel` | not used | yes |",
     ).replace("- 3.9.0, `moe_sort`, `sort_kernel`, sm_80 (first): spills\n", "")
 
 
@@ -72,3 +72,18 @@ def test_a_kernel_that_no_version_has_any_more_goes(tool):
 def test_the_page_of_the_project_is_one_that_the_command_writes(tool):
     text = PAGE.read_text()
     assert tool.updated(text, {}, kimi_ops.op_names()) == text
+
+
+def test_every_op_has_a_kernel_that_compiles_with_every_version(tool):
+    table = PAGE.read_text().partition(tool.KERNELS)[2].partition("\n\n")[0]
+    head, rows = tool._table(table.splitlines())
+    assert head[2:] == ["3.4.0", "3.6.0", "3.8.0", "3.9.0"]
+    for op in kimi_ops.op_names():
+        for version, *cells in zip(
+            head[2:], *(r[2:] for r in rows if r[0] == f"`{op}`"), strict=True
+        ):
+            used = set(cells) - {"not used"}
+            assert used, f"{op} with Triton {version}"
+            assert not [c for c in used if c == "not compiled" or "refused" in c], (
+                f"{op}, {version}"
+            )

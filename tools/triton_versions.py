@@ -39,6 +39,7 @@ TESTS = {
 }
 
 KERNELS, WRONG = "## Kernels\n", "## What is wrong\n"  # headings of the page
+NOT_USED, NOT_COMPILED = "not used", "not compiled"  # cells
 
 Row = dict[str, Any]
 Found = dict[str, dict[str, list[Row]]]  # by version and op
@@ -119,7 +120,7 @@ def run_tests(version: str, python: Path) -> None:
 
 def _cell(rows: list[Row]) -> str:
     if not rows:
-        return "not used"
+        return NOT_USED
     wrong: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: ARCHES.index(row["arch"])):
         for words in row["wrong"]:
@@ -171,15 +172,21 @@ def updated(page: str, found: Found, ops: Sequence[str]) -> str:
         now = {v: found[v][op] for v in versions if op in found.get(v, {})}
         kernels = [kernel.strip("`") for name, kernel in before if name == f"`{op}`"]
         kernels += [row["kernel"] for some in now.values() for row in some]
+        compiled = {
+            version
+            for (name, _), cells in before.items()
+            for version, cell in cells.items()
+            if name == f"`{op}`" and cell != NOT_COMPILED
+        }
         for kernel in dict.fromkeys(kernels):
-            old = before.get((f"`{op}`", f"`{kernel}`"), {})
+            old = before.get((f"`{op}`", f"`{kernel}`"), dict.fromkeys(compiled, NOT_USED))
             cells = [
                 _cell([row for row in now[v] if row["kernel"] == kernel])
                 if v in now
-                else old.get(v, "not compiled")
+                else old.get(v, NOT_COMPILED)
                 for v in versions
             ]
-            if set(cells) - {"not used", "not compiled"}:
+            if set(cells) - {NOT_USED, NOT_COMPILED}:
                 lines.append(f"| `{op}` | `{kernel}` | {' | '.join(cells)} |")
         for v in versions:
             kept = [r for r in remarks.splitlines() if r.startswith(_start(v, op) + ",")]
