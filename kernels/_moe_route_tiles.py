@@ -19,18 +19,25 @@ class Tile(NamedTuple):
     stages: int
 
 
-# One program selects for all of its tokens, on one SM: with 16 its chain is longer, with 4 the gate
-# goes through L2 twice as often. 8 columns are too few for wgmma, and bound by memory anyway; a
-# warp multiplies 16 experts. Long rows of a step, since a program has few steps.
-NARROW = Tile(E=64, T=8, D=256, warps=4, stages=2)
-if triton.__version__.startswith("3.4."):  # no product of less than 16 columns; later ones pad
-    NARROW = Tile(E=64, T=16, D=256, warps=4, stages=2)
+def narrow(release: str) -> tuple[Tile, Tile]:
+    """For up to 64 tokens, of 16-bit operands and of others, with a release of Triton.
+
+    One program selects for all of its tokens, on one SM: with 16 its chain is longer, with 4 the
+    gate goes through L2 twice as often. 8 columns are too few for wgmma, and bound by memory
+    anyway; a warp multiplies 16 experts. Long rows of a step, since a program has few steps.
+    Float32 is multiplied without tensor cores, from registers; right, not fast.
+    """
+    if release.startswith("3.4."):  # no product of less than 16 columns; later ones pad
+        # Two rows a warp when selecting, as with 8 columns: 4 warps spilled.
+        return Tile(E=64, T=16, D=256, warps=8, stages=2), Tile(E=32, T=16, D=32, warps=8, stages=2)
+    return Tile(E=64, T=8, D=256, warps=4, stages=2), Tile(E=32, T=8, D=32, warps=4, stages=2)
+
+
+NARROW, NARROW_FLOAT32 = narrow(triton.__version__)
 NARROW_PARTS = 8
 # 96 KiB: fits the 99 KiB of sm_86, 89 and 120; the other one the 64 KiB of gfx942.
 WIDE = Tile(E=128, T=64, D=64, warps=4, stages=4)
 WIDE_64K = Tile(E=128, T=64, D=64, warps=4, stages=2)
-# Float32 is multiplied without tensor cores, from registers; right, not fast.
-NARROW_FLOAT32 = Tile(E=32, T=8, D=32, warps=4, stages=2)
 WIDE_FLOAT32 = Tile(E=32, T=32, D=32, warps=4, stages=2)
 PARTS = 8  # at most, and in batch-invariant mode
 

@@ -85,6 +85,22 @@ def test_triton_multiplies_two_dtypes_in_float32(backend):
         check_op(OP, (x.bfloat16(), gate, bias, 4, 1, 1, 1.0, True), backend, repeats=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tiles_of_triton_3_4(monkeypatch, dtype):
+    """It has no product of less than 16 columns; both dtypes' tiles, with the Triton here."""
+    kernels = pytest.importorskip("kimi_ops.kernels.moe_route", reason="needs triton")
+    from kimi_ops.kernels._moe_route_tiles import narrow
+    from kimi_ops.testing.ways import WAYS, with_way
+
+    tiles = dict(zip(("NARROW", "NARROW_FLOAT32"), narrow("3.4.0"), strict=True))
+    assert {tile.T for tile in tiles.values()} == {16}
+    for name, tile in tiles.items():
+        monkeypatch.setattr(kernels, name, tile)
+    way = next(way for way in WAYS if way.name == "triton[sm_80]")
+    with with_way(OP, way) as name:
+        check_op(OP, (*_small(20, dtype), 4, 1, 1, 1.0, True), name)
+
+
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_triton_leaves_the_counters_at_zero(tokens):
     pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")

@@ -4,9 +4,10 @@
 
 Each version gets a throwaway environment in ``build/triton-versions``: its own Triton over the
 packages of the Python that runs this. What was found stays there as JSON, one file for a version
-and an op, and ``docs/triton-versions.md`` is written from all such files. An op is compiled in a
-process of its own, so that a compiler that crashes costs one op. About ten minutes a
-version on one core; ``--tests`` adds the interpreter's own tests and those of a few ops.
+and an op, and replaces what ``docs/triton-versions.md`` says of them; the rest of the page stays.
+An op is compiled in a process of its own, so that a compiler that crashes costs one op. About ten
+minutes a version on one core; ``--tests`` also prints how the interpreter's own tests and those of
+a few ops end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,11 @@ TESTS = {
     ],
 }
 
+KERNELS, WRONG = "## Kernels\n", "## What is wrong\n"  # headings of the page
+NOT_USED, NOT_COMPILED = "not used", "not compiled"  # cells
+
 Row = dict[str, Any]
+Found = dict[str, dict[str, list[Row]]]  # by version and op
 
 
 def environment(version: str) -> Path:
@@ -104,21 +110,17 @@ def compile_with(version: str, python: Path, op: str) -> None:
 
 
 def run_tests(version: str, python: Path) -> None:
-    """Runs the tests of `TESTS` with this Triton and keeps pytest's last lines."""
-    said = {}
+    """Runs the tests of `TESTS` with this Triton and prints pytest's last lines."""
     for name, arguments in TESTS.items():
         command = [str(python), "-m", "pytest", *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        said[name] = done.stdout.strip().splitlines()[-1].strip("= ").partition(" in ")[0]
-        print(f"{version} {name}: {said[name]}", flush=True)
-    path = result_file(version, "tests")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(said, indent=1))
+        said = done.stdout.strip().splitlines()[-1].strip("= ").partition(" in ")[0]
+        print(f"{version} {name}: {said}", flush=True)
 
 
 def _cell(rows: list[Row]) -> str:
     if not rows:
-        return "not used"
+        return NOT_USED
     wrong: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: ARCHES.index(row["arch"])):
         for words in row["wrong"]:
@@ -128,53 +130,82 @@ def _cell(rows: list[Row]) -> str:
     return "; ".join(f"{kind}: {', '.join(arches)}" for kind, arches in wrong.items()) or "yes"
 
 
-def _remarks(found: dict[str, dict[str, list[Row]]]) -> list[str]:
+def _remarks(version: str, op: str, rows: list[Row]) -> list[str]:
     """What is wrong, said once for all architectures that say it."""
-    said: dict[tuple[str, str, str], list[str]] = {}
-    for version, ops in found.items():
-        for rows in ops.values():
-            for row in rows:
-                for wrong in row["wrong"]:
-                    where = said.setdefault((version, row["kernel"], wrong), [])
-                    where.append(f"{row['arch']} ({row['case']})")
-    return [f"- {v}, `{k}`, {', '.join(where)}: {wrong}" for (v, k, wrong), where in said.items()]
+    said: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for wrong in row["wrong"]:
+            where = said.setdefault((row["kernel"], wrong), [])
+            where.append(f"{row['arch']} ({row['case']})")
+    start = _start(version, op)
+    return [
+        f"{start}, `{kernel}`, {', '.join(at)}: {wrong}" for (kernel, wrong), at in said.items()
+    ]
+
+
+def _start(version: str, op: str) -> str:
+    return f"- {version}, `{op}`"
+
+
+def _table(lines: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a table in Markdown."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+    return (rows[0], rows[2:]) if rows else ([], [])
+
+
+def updated(page: str, found: Found, ops: Sequence[str]) -> str:
+    """The page with what was found now in place of what it said of the same versions and ops.
+
+    Args:
+        page: its text; what is before the first table's heading stays.
+        found: results by version and op.
+        ops: all of them, in order.
+    """
+    prose, _, tables = page.partition(KERNELS)
+    table, _, remarks = tables.partition(WRONG)
+    head, rows = _table(table.splitlines())
+    before = {(row[0], row[1]): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
+    versions = [v for v in VERSIONS if v in head[2:] or v in found]
+    lines = [f"| op | kernel | {' | '.join(versions)} |", "|---" * (len(versions) + 2) + "|"]
+    said = []
+    for op in ops:
+        now = {v: found[v][op] for v in versions if op in found.get(v, {})}
+        kernels = [kernel.strip("`") for name, kernel in before if name == f"`{op}`"]
+        kernels += [row["kernel"] for some in now.values() for row in some]
+        compiled = {
+            version
+            for (name, _), cells in before.items()
+            for version, cell in cells.items()
+            if name == f"`{op}`" and cell != NOT_COMPILED
+        }
+        for kernel in dict.fromkeys(kernels):
+            old = before.get((f"`{op}`", f"`{kernel}`"), dict.fromkeys(compiled, NOT_USED))
+            cells = [
+                _cell([row for row in now[v] if row["kernel"] == kernel])
+                if v in now
+                else old.get(v, NOT_COMPILED)
+                for v in versions
+            ]
+            if set(cells) - {NOT_USED, NOT_COMPILED}:
+                lines.append(f"| `{op}` | `{kernel}` | {' | '.join(cells)} |")
+        for v in versions:
+            kept = [r for r in remarks.splitlines() if r.startswith(_start(v, op) + ",")]
+            said += _remarks(v, op, now[v]) if v in now else kept
+    return "\n".join(
+        [prose + KERNELS.rstrip(), *lines, "", WRONG.strip(), *(said or ["Nothing."]), ""]
+    )
 
 
 def write_page() -> None:
-    """Replaces what follows the first table's heading in the page."""
+    """Brings what follows the first table's heading in the page up to date."""
     from kimi_ops._dispatch import op_names
 
-    versions = [v for v in VERSIONS if result_file(v, "").parent.is_dir()]
-    found: dict[str, dict[str, list[Row]]] = {v: {} for v in versions}
-    for version in versions:
-        for op in op_names():
-            path = result_file(version, op)
-            if path.is_file():
-                found[version][op] = json.loads(path.read_text())
-    lines = ["## Kernels", f"| op | kernel | {' | '.join(versions)} |"]
-    lines.append("|---" * (len(versions) + 2) + "|")
-    for op in op_names():
-        rows = {v: found[v].get(op) for v in versions}
-        kernels = dict.fromkeys(row["kernel"] for some in rows.values() for row in some or ())
-        for kernel in kernels:
-            cells = [
-                "not compiled"
-                if (mine := rows[v]) is None
-                else _cell([row for row in mine if row["kernel"] == kernel])
-                for v in versions
-            ]
-            lines.append(f"| `{op}` | `{kernel}` | {' | '.join(cells)} |")
-    remarks = _remarks(found)
-    lines += ["", "## What is wrong", *(remarks or ["Nothing."])]
-    tested = {v: result_file(v, "tests") for v in versions if result_file(v, "tests").is_file()}
-    if tested:
-        lines += ["", "## Tests", f"| tests | {' | '.join(tested)} |"]
-        lines.append("|---" * (len(tested) + 1) + "|")
-        said = {v: json.loads(path.read_text()) for v, path in tested.items()}
-        for name in TESTS:
-            lines.append(f"| {name} | {' | '.join(said[v].get(name, '') for v in tested)} |")
-    prose = PAGE.read_text().partition("## Kernels\n")[0] if PAGE.exists() else ""
-    PAGE.write_text(prose + "\n".join(lines) + "\n")
+    found: Found = {}
+    for version in VERSIONS:
+        for path in sorted(result_file(version, "").parent.glob("*.json")):
+            if path.stem in op_names():
+                found.setdefault(version, {})[path.stem] = json.loads(path.read_text())
+    PAGE.write_text(updated(PAGE.read_text(), found, op_names()))
 
 
 def main() -> None:
