@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+from collections import Counter
 from functools import cache
 from unittest import mock
 
@@ -495,6 +496,9 @@ def test_machine_instructions_of_a_matrix_product():
     assert moved <= code.pipes["load_store"] <= 1.1 * moved
     # In the loop alone there are more machine instructions than matrix instructions.
     assert code.issued > sum(code.pipes.values()) > code.pipes["tensor"]
+    # Accumulators are set to zero once, though their line is that of the loop.
+    lines = machine_code_module._lines(static.artifacts["cubin"], static.kernel)
+    assert sum(mine.once.total() for mine in lines.values()) >= 64 * 64 / 128 / 2
     got = cost(report, static, "A100")
     assert got.instructions == "SASS"
     assert got.resources["issue"].work == code.issued
@@ -527,8 +531,12 @@ def test_a_bad_estimate_is_noted():
     sass = static.artifacts["cubin"]
     lines = machine_code_module._lines(sass, static.kernel)
     halved = {
-        line: mix | {"tensor": mix["tensor"] // 2} if mix["tensor"] else mix
-        for line, mix in lines.items()
+        line: dataclasses.replace(
+            mine, looped=Counter(mine.looped | {"tensor": mine.looped["tensor"] // 2})
+        )
+        if mine.looped["tensor"]
+        else mine
+        for line, mine in lines.items()
     }
     with mock.patch.object(machine_code_module, "_lines", return_value=halved):
         assert any("badly" in note for note in cost(report, static, "A100").notes)

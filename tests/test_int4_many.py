@@ -19,7 +19,7 @@ from kimi_ops.testing.static import (
     assert_uses,
     assert_wide_loads,
     compile_case,
-    static_cases_of,
+    triton_cases_of,
 )
 from kimi_ops.testing.triton_interpreter import interpreted
 
@@ -95,7 +95,7 @@ def test_compiled_without_spills_and_on_tensor_cores(arch, instruction):
     name = "gluon_gate_up_bfloat16_7168x2048_16_"
     (case,) = (
         c
-        for c in static_cases_of("moe_experts_int4")
+        for c in triton_cases_of("moe_experts_int4")
         if c.name.startswith(name) and arch in c.arches
     )
     report = compile_case(case, arch)

@@ -17,7 +17,7 @@ from kimi_ops.testing.static import (
     assert_no_spills,
     assert_shared_memory_fits,
     compile_case,
-    static_cases_of,
+    triton_cases_of,
 )
 from kimi_ops.testing.static.gates import occurrences
 
@@ -48,7 +48,7 @@ _STREAMS = {
 
 def _cases(op: str, arch: str, full: bool) -> list[StaticCase]:
     """The op's cases for an architecture; in an ordinary run the first one of each kernel."""
-    cases = [c for c in static_cases_of(op) if isinstance(c, StaticCase) and arch in c.arches]
+    cases = [c for c in triton_cases_of(op) if arch in c.arches]
     return cases if full else list({id(c.kernel): c for c in reversed(cases)}.values())
 
 

@@ -89,7 +89,7 @@ from kimi_ops.testing.static import (  # noqa: E402
     assert_uses,
     assert_wide_loads,
     compile_case,
-    static_cases_of,
+    triton_cases_of,
 )
 
 GLUON = _gluon.compiles()
@@ -139,7 +139,7 @@ def test_every_tile_compiles_without_spills_for_its_tensor_cores(built, arch):
 @pytest.mark.parametrize("splits", [1, 8])
 def test_gluon_kernels_compile_without_spills(tile, splits):
     name = f"gluon_{tile.rows}x{tile.tokens}_splits_{splits}"
-    (case,) = [case for case in static_cases_of(OP) if case.name == name]
+    (case,) = [case for case in triton_cases_of(OP) if case.name == name]
     report = compile_case(case, "sm_90a")
     assert_no_spills(report)
     assert_shared_memory_fits(report, blocks=tile.per_sm)

@@ -12,11 +12,15 @@ from kimi_ops._batch_invariant import batch_invariant
 from kimi_ops._mla_plan import Plan
 from kimi_ops._target import targeting
 from kimi_ops.cuda import mla_decode as launcher
+from kimi_ops.cuda import mla_decode_value
 from kimi_ops.cuda._launcher import SOURCES
+from kimi_ops.reference.mla_decode_value import mla_decode_value as reference
+from kimi_ops.testing.inputs import mla
+from kimi_ops.testing.oracle import assert_close_to_oracle
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install 'kimi-ops[compile]'")
 
-from kimi_ops.testing.runner import target_of
+from kimi_ops.testing.runner import emulated, target_of
 from kimi_ops.testing.static import assert_no_spills, assert_uses
 from kimi_ops.testing.static.cuda_source import report_cuda
 
@@ -144,6 +148,22 @@ def test_on_sm_90_lost_page_and_tile_of_lost_pages():
     assert lse[0].isfinite().all()
     assert out[1:].isnan().all()
     assert lse[1:].isnan().all()
+
+
+@pytest.mark.parametrize(("heads", "new"), [(20, 1), (6, 3)])
+def test_on_sm_90_the_stage_that_projects_joins_what_wgmma_left(heads, new):
+    """More than 16 rows, of one new token and of three; two splits of the longest sequence."""
+    args = mla.mla_decode_value(
+        torch.Generator().manual_seed(heads), (130, 0, 33), heads, 24, new=new, page=16
+    )
+    value = torch.full((3, new, heads, 24), torch.nan).bfloat16()
+    with emulated(arch=90, uninitialised=(value,)) as run:
+        mla_decode_value.launch(value, *args)
+    (first, _), (second, _) = run.launches
+    assert first == "mla_decode_split_kernel_bf16_sm90"
+    assert second.startswith("mla_decode_value_combine_kernel_bf16")
+    exact = [a.double() if getattr(a, "is_floating_point", bool)() else a for a in args]
+    assert_close_to_oracle("value", value, reference(*args), reference(*exact))
 
 
 @FULL

@@ -44,15 +44,19 @@ def test_model_says_the_same_on_cuda_kernels(tmp_path, arch):
             max_new_tokens=3,
             stop_ids=(),
         ).tokens
-        baseline = model_calls.logits(model, ids, pixels, tokens[:-1])
-        exact = KimiK25.from_pretrained(tmp_path / "c", dtype=torch.float32)
-        # In float32 the model's error is a thousandth of bfloat16's: exact enough to measure that.
-        oracle = model_calls.logits(exact, ids, pixels, tokens[:-1]).double()
     assert len(tokens) == 3
 
+    routing = model_calls.Routing()
     written = ",".join(f"{op}=cuda" for op in op_names() if has_kernel(op, "cuda"))
-    with emulated(arch=arch) as emulation, kimi_ops.use_backend(written):
+    with emulated(arch=arch) as emulation, kimi_ops.use_backend(written), routing.kept():
         actual = model_calls.logits(model, ids, pixels, tokens[:-1])
+    # In float32 the model's error is a thousandth of bfloat16's: exact enough to measure that.
+    exact = KimiK25.from_pretrained(tmp_path / "c", dtype=torch.float32)
+    with kimi_ops.use_backend("reference"):
+        with routing.taken():
+            baseline = model_calls.logits(model, ids, pixels, tokens[:-1])
+        with routing.taken():
+            oracle = model_calls.logits(exact, ids, pixels, tokens[:-1]).double()
     assert actual.argmax(-1).tolist() == tokens
     assert_close_to_oracle("logits", actual, baseline, oracle)
     launched = {name for name, _ in emulation.launches}

@@ -62,12 +62,15 @@ def test_model_runs_on_triton_kernels_alone(folder, arch):
     model = KimiK25.from_pretrained(folder)
     ids, pixels = model_calls.prompt(model)
 
-    baseline = model_calls.logits(model, ids, pixels, FOLLOWING)
-    with _way(arch) as launched, kimi_ops.use_backend("triton"):
+    routing = model_calls.Routing()
+    with _way(arch) as launched, kimi_ops.use_backend("triton"), routing.kept():
         actual = model_calls.logits(model, ids, pixels, FOLLOWING)
+    with routing.taken():
+        baseline = model_calls.logits(model, ids, pixels, FOLLOWING)
     # In float32 the model's error is a thousandth of bfloat16's: exact enough to measure that.
     exact = KimiK25.from_pretrained(folder, dtype=torch.float32)
-    oracle = model_calls.logits(exact, ids, pixels, FOLLOWING).double()
+    with routing.taken():
+        oracle = model_calls.logits(exact, ids, pixels, FOLLOWING).double()
     assert baseline.std() > 0.1  # weights that make a difference
     assert_close_to_oracle("logits", actual, baseline, oracle)
     found = launched()

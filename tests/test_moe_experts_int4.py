@@ -28,7 +28,7 @@ from kimi_ops.testing.static import (
     assert_shared_memory_fits,
     assert_uses,
     compile_case,
-    static_cases_of,
+    triton_cases_of,
 )
 from kimi_ops.testing.triton_interpreter import interpreted
 
@@ -207,7 +207,7 @@ def test_offsets_beyond_31_bits():
 def test_compiled_without_spills_and_on_tensor_cores(stage, tokens, arch, instruction):
     """At the widths of Kimi K2.5; `kimi-ops compile moe_experts_int4` does all tiles."""
     name = f"{stage}_bfloat16_7168x2048_{tokens}_"
-    (case,) = (c for c in static_cases_of(OP) if c.name.startswith(name) and arch in c.arches)
+    (case,) = (c for c in triton_cases_of(OP) if c.name.startswith(name) and arch in c.arches)
     report = compile_case(case, arch)
     assert_no_spills(report)
     assert_shared_memory_fits(report)

@@ -33,7 +33,7 @@ WORK = 1 << 17
 
 
 def _nvcc(source: Path, arch, *, names, **_):
-    """As `compile_ptx`, with nvcc."""
+    """As `kept_ptx`, with nvcc."""
     command = ["nvcc", "-ptx", *OPTIONS, "-lineinfo", f"-arch=compute_{arch}", "-o", "-", source]
     made = subprocess.run(command, check=True, capture_output=True, text=True)
     return made.stdout, {name: name for name in names}
@@ -59,7 +59,7 @@ def test_results_are_the_same_bits(op, monkeypatch):
     expected, launched = _run(op, case)
     assert launched
     monkeypatch.setattr(cuda_runner, "_COMPILED", {})
-    with mock.patch.object(cuda_runner, "compile_ptx", side_effect=_nvcc) as compiled:
+    with mock.patch.object(cuda_runner, "kept_ptx", side_effect=_nvcc) as compiled:
         found, again = _run(op, case)
     assert compiled.called
     assert again == launched

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import glob
 import importlib
+import shutil
 import struct
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from kimi_ops.cuda._launcher import SOURCES
+from kimi_ops.testing import cuda_runner
 from kimi_ops.testing.ptx import Checks, Kernel, MissingWait, PtxError, Race, Uninitialised
 
 nvrtc = pytest.importorskip(
@@ -198,3 +202,26 @@ extern "C" __global__ void k(const int* x, int n) {
     Kernel(text).launch((1,), (32,), [torch.arange(32, dtype=torch.int32), 32])
     with pytest.raises(PtxError, match=r"trap executed\n  at k, kernel.cu:4, .* warp 0, lane 30"):
         Kernel(text).launch((1,), (32,), [torch.arange(32, dtype=torch.int32), 30])
+
+
+def test_ptx_of_the_packages_sources_is_kept_between_processes(tmp_path, monkeypatch):
+    compiler = Mock(side_effect=cuda_runner.compile_ptx)
+    monkeypatch.setattr(cuda_runner, "compile_ptx", compiler)
+    monkeypatch.setenv("KIMI_OPS_CACHE", str(tmp_path / "cache"))
+    source, name = SOURCES / "moe_sort.cu", "moe_sort_kernel"
+
+    def compiled(source):
+        """As in a new process."""
+        monkeypatch.setattr(cuda_runner, "_COMPILED", {})
+        before = compiler.call_count
+        cuda_runner.compile_kernel(source, name)
+        return compiler.call_count - before
+
+    assert compiled(source) == 1
+    assert compiled(source) == 0
+    (kept,) = (tmp_path / "cache").glob("*.ptx")
+    kept.write_text(kept.read_text()[:-1])
+    assert compiled(source) == 1  # a damaged file
+    shutil.copytree(SOURCES, tmp_path / "cuda")
+    assert compiled(tmp_path / "cuda" / source.name) == 1  # a source elsewhere
+    assert compiled(tmp_path / "cuda" / source.name) == 1

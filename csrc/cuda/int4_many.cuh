@@ -195,18 +195,21 @@ struct StepCopies {
   }
 };
 
-// One step of a warp.
+// The first of a lane's rows in its block.
+__device__ __forceinline__ int first_row() { return threadIdx.x / WARP * WARP_ROWS + lane_row(); }
+
+// One step of a warp; `scale_first` is where the lane's first scale is in a span.
 template <class T, int NT>
 __device__ __forceinline__ void multiply_step(float (&sums)[WARP_TILES][NT][4],
                                               const unsigned char* stage_smem,
-                                              const unsigned char* span_smem, int step,
-                                              Shift shift) {
+                                              const unsigned char* span_smem, int scale_first,
+                                              int step, Shift shift) {
   const int q = lane_of_quad(), g = lane_row();
-  const int first = threadIdx.x / WARP * WARP_ROWS + g;
+  const int first = first_row();
   const unsigned char* codes_smem = stage_smem + (first * STEP + q) * 16;
-  // Rows 8 apart have their halves in the same place.
+  // Rows 8 apart have their halves in the same place, and halves change places by one bit.
   const unsigned char* scale_smem =
-      span_smem + scale_place(first, step / 2) + (step % 2 * STEP + q) * 2;
+      span_smem + (scale_first ^ step / 2 % 2 * 16) + step % 2 * (STEP * 2);
   LaneCodes codes[WARP_TILES];
   PairScales<T> scale[WARP_TILES][SIDES];
 #pragma unroll
@@ -217,7 +220,7 @@ __device__ __forceinline__ void multiply_step(float (&sums)[WARP_TILES][NT][4],
       codes[m][side] = *reinterpret_cast<const uint4*>(codes_smem + row * (STEP * 16));
       const unsigned short* from =
           reinterpret_cast<const unsigned short*>(scale_smem + row * (SPAN * 2));
-      scale[m][side] = PairScales<T>(*from * 0x10001u);
+      scale[m][side] = PairScales<T>(pair_of(*from));
     }
   }
   const unsigned char* x_smem = stage_smem + CODES_BYTES + g * X_ROW_BYTES;
@@ -256,6 +259,7 @@ __device__ __forceinline__ void many_product(float (&sums)[WARP_TILES][NT][4], M
   for (int step = 0; step < STAGES - 1; ++step) {
     copies.next(shared, shared.ring() + step * STAGE_BYTES, step, groups, vectors);
   }
+  const int scale_first = scale_place(first_row(), 0) + lane_of_quad() * 2;
   int stage = 0, ahead = STAGES - 1;
 #pragma unroll 1
   for (int step = 0; step * STEP < groups; ++step) {
@@ -263,7 +267,7 @@ __device__ __forceinline__ void many_product(float (&sums)[WARP_TILES][NT][4], M
     __syncthreads();  // this step is there, and all warps are done with the one before
     copies.next(shared, shared.ring() + ahead * STAGE_BYTES, step + STAGES - 1, groups, vectors);
     multiply_step<T>(sums, shared.ring() + stage * STAGE_BYTES, shared.spans[step / SPAN_STEPS % 2],
-                     step, shift);
+                     scale_first, step, shift);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     ahead = ahead + 1 == STAGES ? 0 : ahead + 1;
   }

@@ -58,6 +58,14 @@ __device__ __forceinline__ unsigned fma_fp16x2(unsigned a, unsigned b, unsigned 
   return result;
 }
 
+// "Data Movement and Conversion Instructions: mov". 16 bits, twice: ptxas reads one half twice,
+// where a product by 0x10001 would be an instruction.
+__device__ __forceinline__ unsigned pair_of(unsigned short half) {
+  unsigned pair;
+  asm("mov.b32 %0, {%1, %1};" : "=r"(pair) : "h"(half));
+  return pair;
+}
+
 // "Data Movement and Conversion Instructions: ld.global.nc". 16 bytes that are read once: they
 // leave L1 to what is read again.
 __device__ __forceinline__ uint4 load_once(const void* from_gmem) {

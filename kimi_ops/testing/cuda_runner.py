@@ -6,17 +6,21 @@ place of the package's launcher of CUDA C++.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from kimi_ops._nvrtc import Cached, cache_folder
+from kimi_ops.cuda._launcher import SOURCES
 from kimi_ops.testing.ptx import Checks, Kernel, Report
 from kimi_ops.testing.ptx.written import Written
-from kimi_ops.testing.static.cuda_source import compile_ptx
+from kimi_ops.testing.static.cuda_source import compile_ptx, ptx_compiler
 
 Argument = torch.Tensor | int | float | bytes | None
 # Of a source, by the name of a kernel: the PTX that holds it, and its name there.
@@ -36,6 +40,31 @@ def _headers(folders: Sequence[Path]) -> str:
         for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".hpp")):
             digest.update(f"{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def kept_ptx(
+    source: str | Path,
+    arch: str | int,
+    *,
+    names: Sequence[str],
+    key: tuple[object, ...],
+    **how: Any,
+) -> tuple[str, dict[str, str]]:
+    """As `compile_ptx`; of the package's own sources the PTX is kept between processes.
+
+    ``key`` holds all that the PTX follows from but the compiler. Those sources have no templates
+    among their kernels, so that names are the same in the PTX. A damaged file is made anew.
+    """
+    if not isinstance(source, Path) or source.parent != SOURCES:
+        return compile_ptx(source, arch, names=names, **how)
+    digest = hashlib.sha256(repr((ptx_compiler(), key)).encode()).hexdigest()[:32]
+    kept = Cached(cache_folder() / f"{source.stem}-{arch}-{digest}.ptx")
+    if kept.is_whole():
+        return kept.path.read_text(), {name: name for name in names}
+    ptx, lowered = compile_ptx(source, arch, names=names, **how)
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs time alone
+        kept.write(ptx.encode())
+    return ptx, lowered
 
 
 def compile_kernel(
@@ -71,8 +100,8 @@ def compile_kernel(
     )
     known = _COMPILED.setdefault(key, {})
     if name not in known:
-        ptx, names = compile_ptx(
-            source, arch, names=[name], defines=defines, options=options, include=include
+        ptx, names = kept_ptx(
+            source, arch, names=[name], key=key, defines=defines, options=options, include=include
         )
         # All extern "C" kernels of the source are in it, whichever was asked for.
         known.update({n: (ptx, n) for n in re.findall(r"\.entry (\w+)", ptx)})

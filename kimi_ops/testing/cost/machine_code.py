@@ -6,7 +6,8 @@ instructions of that line do on average: matrix and memory instructions as often
 own kind, the others as often as the rest. Those of lines without executed PTX run once per warp.
 Where ptxas has unrolled loops once more, lines that run often have several copies of everything;
 the number of copies is that of matrix instructions, or else of memory instructions, over PTX's, and
-each copy runs that much less often.
+each copy runs that much less often. What sets registers to zero and is in no loop runs once per
+warp, whatever its line: that of accumulators has the line of the loop that follows.
 
 Matrix instructions survive ptxas one to one, so what this estimates for them over the exact count
 of the emulator is the check; it is part of the result. Without a line table PTX itself is counted.
@@ -24,6 +25,8 @@ from pathlib import PurePosixPath
 from kimi_ops.testing.cost.latency import FREE, SPECIAL, CostError
 from kimi_ops.testing.ptx.kernel import Report
 from kimi_ops.testing.ptx.trace import Trace
+from kimi_ops.testing.static.disassembly import read_sass
+from kimi_ops.testing.static.loops import in_loops
 from kimi_ops.testing.static.opcodes import classify
 from kimi_ops.testing.static.report import KernelReport
 from kimi_ops.testing.static.toolchain import run_tool
@@ -61,8 +64,9 @@ _SECTION = re.compile(r'\s*\.section\s+"?\.text\.([^",\s]+)')
 _ANY_SECTION = re.compile(r"\s*\.section\s")
 _LABEL = re.compile(r"([^\s:/]+):\s*$")
 _FILE = re.compile(r'\s*//## File "([^"]*)", line (\d+)')
+_ZEROING = re.compile(r"(CS2R\S* +\S+ SRZ|(MOV|IMAD\.MOV\S*) .*RZ *$)")
 _INSTRUCTION = re.compile(
-    r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P(?:T|\d+))\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)(.*?);?\s*$"
+    r"\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(!?U?P(?:T|\d+))\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)(.*?);?\s*$"
 )
 
 
@@ -100,14 +104,31 @@ def _pipe(opcode: str, operands: str) -> str | None:
     return _PIPES.get(classify(opcode, operands))
 
 
+@dataclass
+class _Machine:
+    """Machine instructions of one source line, by pipe; "" is no pipe."""
+
+    looped: Counter[str] = field(default_factory=Counter)  # or anything else
+    once: Counter[str] = field(default_factory=Counter)  # what sets registers to zero before loops
+
+    @property
+    def all(self) -> Counter[str]:
+        """Both together."""
+        return self.looped + self.once
+
+
 @lru_cache(maxsize=16)
-def _lines(cubin: bytes, kernel: str) -> dict[Line, Counter[str]]:
-    """Pipes of the instructions of each source line; "" is no pipe."""
+def _lines(cubin: bytes, kernel: str) -> dict[Line, _Machine]:
+    """The instructions of each source line."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = run_tool("nvdisasm", "-g", "-c", file.name)[0]
-    found: dict[Line, Counter[str]] = {}
+    functions = read_sass(text, kernel)
+    if kernel not in functions:
+        raise CostError(f"the cubin has no code of {kernel}")
+    looped = in_loops(functions[kernel].instructions)
+    lines: dict[Line, _Machine] = {}
     line: Line = ("", 0)
     inside = grouped = False
     label = ""
@@ -128,13 +149,14 @@ def _lines(cubin: bytes, kernel: str) -> dict[Line, Counter[str]]:
             label = named[1]
         elif match := _INSTRUCTION.match(row):
             # The jump to itself behind the last instruction never runs.
-            idle = match[2].startswith("NOP") or (label and f"`({label})" in match[3])
-            if not idle and match[1] not in ("!PT", "!UPT"):
-                found.setdefault(line, Counter())[_pipe(match[2], match[3]) or ""] += 1
+            idle = match[3].startswith("NOP") or (label and f"`({label})" in match[4])
+            if not idle and match[2] not in ("!PT", "!UPT"):
+                zeroing = _ZEROING.match(f"{match[3]} {match[4].strip()}") is not None
+                mine = lines.setdefault(line, _Machine())
+                once = zeroing and int(match["address"], 16) not in looped
+                (mine.once if once else mine.looped)[_pipe(match[3], match[4]) or ""] += 1
             label = ""
-    if not found:
-        raise CostError(f"the cubin has no code of {kernel}")
-    return found
+    return lines
 
 
 def _kind(family: str) -> str:
@@ -194,12 +216,12 @@ def _ptx_lines(trace: Trace) -> dict[Line, _Ptx]:
     return found
 
 
-def _copies(lines: dict[Line, Counter[str]], ptx: dict[Line, _Ptx], hot: set[Line]) -> int:
+def _copies(lines: dict[Line, _Machine], ptx: dict[Line, _Ptx], hot: set[Line]) -> int:
     """Copies of hot code that ptxas has made."""
     if matrix := sum(line.static["tensor"] for line in ptx.values()):
-        return max(1, round(sum(mix["tensor"] for mix in lines.values()) / matrix))
+        return max(1, round(sum(mine.all["tensor"] for mine in lines.values()) / matrix))
     memory = sum(ptx[line].static["load_store"] for line in hot)
-    moved = sum(mix["load_store"] for line, mix in lines.items() if line in hot)
+    moved = sum(mine.all["load_store"] for line, mine in lines.items() if line in hot)
     return max(1, round(moved / memory)) if memory else 1
 
 
@@ -224,11 +246,12 @@ def machine_code(report: Report, compiled: KernelReport) -> MachineCode:
     hot = {k for k, line in ptx.items() if line.times("") > _HOT * warps}
     unrolled = _copies(lines, ptx, hot)
     pipes: Counter[str] = Counter()
-    for line, mix in lines.items():
-        for pipe, n in mix.items():
+    for line, mine in lines.items():
+        for pipe in mine.all:
             kind = pipe if pipe in ("tensor", "load_store") else "rest"
             times = ptx[line].times(kind) if line in ptx else warps
-            pipes[pipe] += round(n * times / (unrolled if line in hot else 1))
+            times /= unrolled if line in hot else 1
+            pipes[pipe] += round(mine.looped[pipe] * times + mine.once[pipe] * min(times, warps))
     issued = sum(pipes.values())
     exact = sum(line.executed["tensor"] for line in ptx.values())
     check = pipes["tensor"] / exact if exact else None

@@ -19,6 +19,7 @@ import torch
 from kimi_ops.testing.devices import device
 from kimi_ops.testing.ptx import families
 from kimi_ops.testing.ptx.counters import SECTOR_BYTES, Counts
+from kimi_ops.testing.ptx.entries import only_entry
 from kimi_ops.testing.ptx.errors import Deadlock, LaunchError, Uninitialised, UnsupportedPtx
 from kimi_ops.testing.ptx.launch import Argument, Checks, Launch
 from kimi_ops.testing.ptx.machine import Machine
@@ -89,7 +90,7 @@ class Kernel:
     """
 
     def __init__(self, ptx: str, name: str | None = None) -> None:
-        self.text = Text(link(parse(ptx), name))
+        self.text = Text(link(parse(only_entry(ptx, name) if name else ptx), name))
         self.program = self.text.program
 
     @property

@@ -7,7 +7,13 @@ the binary; the ``assert_*`` functions turn a claim of a design into a test.
 from __future__ import annotations
 
 from kimi_ops.testing.devices import ARCHES, Device, device
-from kimi_ops.testing.static.cases import CudaCase, StaticCase, compile_case, static_cases_of
+from kimi_ops.testing.static.cases import (
+    CudaCase,
+    StaticCase,
+    compile_case,
+    static_cases_of,
+    triton_cases_of,
+)
 from kimi_ops.testing.static.cuda_source import (
     CudaBinary,
     CudaCompileError,
@@ -78,4 +84,5 @@ __all__ = [
     "report_triton",
     "signature_of",
     "static_cases_of",
+    "triton_cases_of",
 ]

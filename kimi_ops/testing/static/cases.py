@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from kimi_ops._dispatch import op_names
 from kimi_ops.testing.devices import ARCHES, device
-from kimi_ops.testing.static.cuda_source import report_cuda
+from kimi_ops.testing.static.cuda_source import compile_ptx, report_cuda
 from kimi_ops.testing.static.report import KernelReport
 from kimi_ops.testing.static.triton_kernel import report_triton, signature_of
 
@@ -156,6 +157,7 @@ def static_cases_of(op: str) -> list[StaticCase | CudaCase]:
     source = cuda_source_of(op)
     if cases is None and source is not None:
         # Which kernels there are shows when the source is compiled: any architecture will do.
-        kernels = report_cuda(source, _CUDA_ARCHES[0])
+        ptx, _ = compile_ptx(source, _CUDA_ARCHES[0])
+        kernels = re.findall(r"\.entry (\w+)", ptx)
         cases = [CudaCase(name=name, source=source, kernel=name) for name in kernels]
     return found + (cases or [])

@@ -144,6 +144,12 @@ def _call(function: Any, *arguments: Any) -> Any:
     return values[0] if values else None
 
 
+def ptx_compiler() -> str:
+    """Name and version of what makes PTX here; `MissingToolError` where there is nothing."""
+    _nvrtc()
+    return f"NVRTC {importlib.metadata.version('nvidia-cuda-nvrtc')}"
+
+
 def _text(nvrtc: Any, program: Any, what: str) -> bytes:
     buffer = bytearray(_call(getattr(nvrtc, f"nvrtcGet{what}Size"), program))
     _call(getattr(nvrtc, f"nvrtcGet{what}"), program, buffer)

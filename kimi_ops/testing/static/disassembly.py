@@ -103,11 +103,12 @@ def _function(name: str, lines: list[str]) -> Function:
     return Function(name, tuple(instructions), frozenset(labels), tuple(unresolved))
 
 
-def read_sass(text: str) -> dict[str, Function]:
+def read_sass(text: str, only: str | None = None) -> dict[str, Function]:
     """Kernels by name.
 
     Args:
         text: all that ``nvdisasm -c`` printed for one cubin.
+        only: name of the one kernel that is wanted; the others take their time.
 
     Raises:
         DisassemblyError: a line that cannot be an instruction, or a jump to nowhere.
@@ -116,9 +117,9 @@ def read_sass(text: str) -> dict[str, Function]:
     current: list[str] | None = None
     for line in text.splitlines():
         if section := _SECTION.match(line):
-            name = section[1]
-            is_code = name.startswith(".text.")
-            current = sections.setdefault(name.removeprefix(".text."), []) if is_code else None
+            name = section[1].removeprefix(".text.")
+            is_wanted = name != section[1] and only in (None, name)
+            current = sections.setdefault(name, []) if is_wanted else None
         elif current is not None:
             current.append(line)
     return {name: _function(name, lines) for name, lines in sections.items()}

@@ -76,14 +76,30 @@ def _components(members: Sequence[int], successors: Sequence[Sequence[int]]) -> 
     return found
 
 
-def find_loops(instructions: Sequence[Instruction]) -> tuple[Loop, ...]:
-    """All loops of a function, by address; the endless jump to itself after its end is none."""
+def _successors(instructions: Sequence[Instruction]) -> list[list[int]]:
     place = {i.address: n for n, i in enumerate(instructions)}
     successors = [
         [place[t] for t in i.targets if t in place]
         + ([n + 1] if i.falls_through and n + 1 < len(instructions) else [])
         for n, i in enumerate(instructions)
     ]
+    return successors
+
+
+def in_loops(instructions: Sequence[Instruction]) -> frozenset[int]:
+    """Addresses of what is in any loop of a function."""
+    successors = _successors(instructions)
+    return frozenset(
+        instructions[n].address
+        for component in _components(range(len(instructions)), successors)
+        for n in component
+        if len(component) > 1 or n in successors[n]
+    )
+
+
+def find_loops(instructions: Sequence[Instruction]) -> tuple[Loop, ...]:
+    """All loops of a function, by address; the endless jump to itself after its end is none."""
+    successors = _successors(instructions)
     before: list[list[int]] = [[] for _ in instructions]
     for n, following in enumerate(successors):
         for other in following:

@@ -177,9 +177,11 @@ def report_cubin(
         ToolError: no such kernel, or the log and the disassembly contradict each other.
     """
     sass = disassemble(cubin) if sass is None else sass
-    functions = read_sass(sass)
+    functions = read_sass(sass, kernel)
     if kernel not in functions or kernel not in log.kernels:
-        raise ToolError(f"no kernel {kernel}; there are {', '.join(sorted(functions))}")
+        raise ToolError(
+            f"no kernel {kernel}; there are {', '.join(sorted({*functions, *log.kernels}))}"
+        )
     function, resources = functions[kernel], log.kernels[kernel]
     mix = count(function.instructions)
     # A function that was not inlined stands in the kernel's section as $kernel$function.
