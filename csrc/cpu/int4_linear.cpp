@@ -64,17 +64,19 @@ struct Linear {
       const Tiles tiles;
       const Buffer<float> scales(kTileRows * weights.groups), results((panels + 1) * kTileSize);
       const Buffer<O> scratch(kScratch);
+      std::fill_n(scratch.get(), kScratch, O{});
       for (int64_t item; items.take(item);) {
         const int64_t row = item * kTileRows, rows = std::min(kTileRows, weight_rows - row);
         for (int64_t r = 0; r < rows; ++r) {
           weights.scales(scales.get() + r * weights.groups, row + r);
         }
-        auto fill = [&](O* to, int64_t stride, int64_t r, int64_t first, int64_t last) {
-          r = std::min(r, rows - 1);  // rows past the end stand for the last one
-          weights.prefetch(row + r, first, kTileRows);
-          unpack(to, stride, weights, row + r, first, last, scales.get() + r * weights.groups);
+        // Rows past the end are those of some other tile: nobody looks at their products.
+        auto fill = [&](O* to, int64_t stride_row, int64_t stride_group, int64_t, int64_t first,
+                        int64_t last) {
+          unpack_rows(to, stride_row, stride_group, weights, row, rows, first, last, scales.get(),
+                      -1);
         };
-        multiply_panels(results.get(), packed.get(), tokens, columns, scratch.get(), fill);
+        multiply_panels(results.get(), packed.get(), tokens, columns, 1, scratch.get(), fill);
         float* turned = results.get() + panels * kTileSize;
         for (int64_t p = 0; p < panels; ++p) {
           transpose_words(reinterpret_cast<uint32_t*>(turned),

@@ -39,36 +39,53 @@ inline __m512i permute_group(__m512i x) {
   return _mm512_permutexvar_epi16(_mm512_loadu_si512(kFrom), x);
 }
 
-// Columns first .. last (of whole groups) of a row, scaled and rounded, groups `stride` apart.
-// `scales` are the row's, of all of its groups.
-inline void unpack(bf16* to, int64_t stride, const Int4Rows& weights, int64_t row, int64_t first,
-                   int64_t last, const float* scales) {
-  scales += first / kGroup;
-  const uint32_t* words = weights.words(row) + first / 8;
+// Columns first .. last (of whole groups) of `rows` rows from `row` on, scaled and rounded: rows
+// `stride_row` apart, groups `stride_group`. `scales` are those rows', of all groups. Meanwhile
+// fetches as many cache lines of the rows from `next_row` on, or nothing where that is negative.
+inline void unpack_rows(bf16* to, int64_t stride_row, int64_t stride_group, const Int4Rows& weights,
+                        int64_t row, int64_t rows, int64_t first, int64_t last, const float* scales,
+                        int64_t next_row) {
   const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   const __m512i low = _mm512_set1_epi16(15);
   const __m512i shifts = _mm512_inserti64x4(
       _mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi16(0), _mm_set1_epi16(4))),
       _mm256_setr_m128i(_mm_set1_epi16(8), _mm_set1_epi16(12)), 1);
-  for (int64_t group = 0; group < (last - first) / kGroup; ++group) {
-    // The group's sixteen values in a table, and four copies of its nibbles to look them up with.
-    const auto table = (__m256i)_mm512_cvtneps_pbh(numbers * _mm512_set1_ps(scales[group]));
-    const __m128i nibbles =
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(words + group * kGroupWords));
+  // The group's sixteen values in a table, and four copies of its nibbles to look them up with.
+  auto unpack_group = [&](bf16* out, const uint32_t* words, float scale) {
+    const auto table = (__m256i)_mm512_cvtneps_pbh(numbers * _mm512_set1_ps(scale));
+    const __m128i nibbles = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
     const __m512i index =
         _mm512_and_si512(_mm512_srlv_epi16(_mm512_broadcast_i32x4(nibbles), shifts), low);
-    _mm512_storeu_si512(to + group * stride,
-                        _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(table)));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(table)));
+  };
+  const int64_t groups = (last - first) / kGroup;
+  const uint32_t* words = weights.words(row) + first / 8;
+  scales += first / kGroup;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (next_row >= 0) weights.fetch(next_row, first / 128 * rows + r);
+    int64_t group = 0;
+    for (; group + 4 <= groups; group += 4) {
+      for (int i = 0; i < 4; ++i) {
+        unpack_group(to + (group + i) * stride_group, words + (group + i) * kGroupWords,
+                     scales[group + i]);
+      }
+    }
+    for (; group < groups; ++group) {
+      unpack_group(to + group * stride_group, words + group * kGroupWords, scales[group]);
+    }
+    words += weights.stride_packed;
+    scales += weights.groups;
+    to += stride_row;
   }
 }
 
-// The same columns of a row of `width` bf16, with 0 after its end.
-inline void unpack(bf16* to, int64_t stride, const bf16* row, int64_t first, int64_t last,
-                   int64_t width) {
+// Columns first .. last of a row of `width` bf16, in the same order, with 0 after its end.
+inline void unpack_dense(bf16* to, int64_t stride_group, const bf16* row, int64_t first,
+                         int64_t last, int64_t width) {
   for (int64_t c = first; c < last; c += kGroup) {
     const int64_t n = std::clamp<int64_t>(width - c, 0, kGroup);
     const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
-    _mm512_storeu_si512(to + (c - first) / kGroup * stride,
+    _mm512_storeu_si512(to + (c - first) / kGroup * stride_group,
                         permute_group(_mm512_maskz_loadu_epi16(mask, row + c)));
   }
 }
@@ -109,25 +126,29 @@ inline void pack_sixteen(bf16* panel, int64_t f, const Row& row) {
 }
 #endif
 
-inline void unpack(float* to, int64_t, const Int4Rows& weights, int64_t row, int64_t first,
-                   int64_t last, const float* scales) {
-  scales += first / kGroup;
-  const uint32_t* words = weights.words(row) + first / 8;
+inline void unpack_rows(float* to, int64_t stride_row, int64_t, const Int4Rows& weights,
+                        int64_t row, int64_t rows, int64_t first, int64_t last, const float* scales,
+                        int64_t) {
   U shifts;
   for (int lane = 0; lane < W; ++lane) shifts[lane] = 4 * (lane % 8);
-  for (int64_t c = 0; c < last - first; c += W) {
-    U word = U{} + words[c / 8];
-    if constexpr (W == 16) {
-      for (int lane = 8; lane < W; ++lane) word[lane] = words[c / 8 + 1];
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint32_t* words = weights.words(row + r) + first / 8;
+    const float* scale = scales + r * weights.groups + first / kGroup;
+    for (int64_t c = 0; c < last - first; c += W) {
+      U word = U{} + words[c / 8];
+      if constexpr (W == 16) {
+        for (int lane = 8; lane < W; ++lane) word[lane] = words[c / 8 + 1];
+      }
+      if constexpr (W == 4) word >>= 4 * static_cast<uint32_t>(c % 8);
+      const F q = __builtin_convertvector((I)((word >> shifts) & 15), F) - 8.0f;
+      store(to + r * stride_row + c, q * scale[c / kGroup]);
     }
-    if constexpr (W == 4) word >>= 4 * static_cast<uint32_t>(c % 8);
-    const F q = __builtin_convertvector((I)((word >> shifts) & 15), F) - 8.0f;
-    store(to + c, q * scales[c / kGroup]);
   }
 }
 
 template <class E>
-inline void unpack(float* to, int64_t, const E* row, int64_t first, int64_t last, int64_t width) {
+inline void unpack_dense(float* to, int64_t, const E* row, int64_t first, int64_t last,
+                         int64_t width) {
   for (int64_t c = first; c < last; c += W) {
     const int64_t n = std::clamp<int64_t>(width - c, 0, W);
     store(to + c - first, n == W ? load(row + c) : n > 0 ? load_first(row + c, n) : F{});
@@ -162,25 +183,23 @@ inline void pack_sixteen(float* panel, int64_t f, const Row& row) {
 }
 
 #if defined(__AMX_BF16__)
-// multiply_panels() of one panel, of which the first 16 columns or all are wanted. The weights of a
-// step are unpacked while the tiles of the step before are multiplied: two units that do not wait
-// for each other, and what lies between them stays in the first cache.
+// multiply_panels() of one tile and one panel, of which the first 16 columns or all are wanted; the
+// others become 0. The weights of a step are unpacked while the tiles of the step before are
+// multiplied: two units that do not wait for each other, and what lies between them stays in the
+// first cache.
 template <bool kBoth, class Fill>
 inline void multiply_panel(float* c, const bf16* panel, int64_t depth, bf16* scratch,
                            const Fill& fill) {
   constexpr int64_t kStep = 128, kTile = kTileRows * kGroup;  // a group of all rows
   static_assert(2 * kStep * kTileRows <= kScratch);
   auto unpack_step = [&](int64_t first) {
-    bf16* to = scratch + first / kStep % 2 * kStep * kTileRows;
-    const int64_t last = std::min(depth, first + kStep);
-    for (int64_t r = 0; r < kTileRows; ++r) fill(to + r * kGroup, kTile, r, first, last);
+    fill(scratch + first / kStep % 2 * kStep * kTileRows, kGroup, kTile, first,
+         std::min(depth, first + kStep));
   };
   _tile_zero(0);
+  _tile_zero(1);
   _tile_zero(2);
-  if constexpr (kBoth) {
-    _tile_zero(1);
-    _tile_zero(3);
-  }
+  _tile_zero(3);
   unpack_step(0);
   for (int64_t first = 0; first < depth; first += kStep) {
     if (first + kStep < depth) unpack_step(first + kStep);
@@ -200,33 +219,44 @@ inline void multiply_panel(float* c, const bf16* panel, int64_t depth, bf16* scr
     }
   }
   _tile_stored(0, c, kPanel * 4);
+  _tile_stored(1, c + 16, kPanel * 4);
   _tile_stored(2, c + 16 * kPanel, kPanel * 4);
-  if constexpr (kBoth) {
-    _tile_stored(1, c + 16, kPanel * 4);
-    _tile_stored(3, c + 16 * kPanel + 16, kPanel * 4);
-  }
+  _tile_stored(3, c + 16 * kPanel + 16, kPanel * 4);
 }
 #endif
 
-// c[panel][row][token] = 32 rows of weights x the panels of `tokens` tokens, `depth` long. Columns
-// of c past the last token are anything. `fill(to, stride, row, first, last)` unpacks columns first
-// .. last of a row; `scratch` holds kScratch of them.
+// c[tile][panel][row][token] = `tiles` x 32 rows of weights x the panels of `tokens` tokens,
+// `depth` long. `fill(to, stride_row, stride_group, tile, first, last)` unpacks columns first ..
+// last of a tile's rows; `scratch` holds kScratch of them. With several panels a chunk of those
+// serves all tiles while it is in the second cache.
 template <class O, class Fill>
-inline void multiply_panels(float* c, const O* panels, int64_t tokens, int64_t depth, O* scratch,
-                            const Fill& fill) {
+inline void multiply_panels(float* c, const O* panels, int64_t tokens, int64_t depth, int64_t tiles,
+                            O* scratch, const Fill& fill) {
 #if defined(__AMX_BF16__)
   if constexpr (kPairs<O>) {
-    if (tokens <= 16) return multiply_panel<false>(c, panels, depth, scratch, fill);
-    if (tokens <= kPanel) return multiply_panel<true>(c, panels, depth, scratch, fill);
+    for (int64_t tile = 0; tile < tiles && tokens <= kPanel; ++tile) {
+      auto fill_tile = [&](bf16* to, int64_t row, int64_t group, int64_t first, int64_t last) {
+        fill(to, row, group, tile, first, last);
+      };
+      if (tokens <= 16) {
+        multiply_panel<false>(c + tile * kTileSize, panels, depth, scratch, fill_tile);
+      } else {
+        multiply_panel<true>(c + tile * kTileSize, panels, depth, scratch, fill_tile);
+      }
+    }
+    if (tokens <= kPanel) return;
   }
 #endif
   constexpr int64_t kStride = kScratch / kTileRows;  // rows apart by no power of two
+  const int64_t count = (tokens + kPanel - 1) / kPanel;
   for (int64_t first = 0; first < depth; first += kChunk) {
     const int64_t last = std::min(depth, first + kChunk);
-    for (int64_t r = 0; r < kTileRows; ++r) fill(scratch + r * kStride, kGroup, r, first, last);
-    for (int64_t p = 0; p * kPanel < tokens; ++p) {
-      multiply(c + p * kTileSize, kPanel, scratch, kStride, panels + (p * depth + first) * kPanel,
-               kTileRows, last - first, first > 0);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      fill(scratch, kStride, kGroup, tile, first, last);
+      for (int64_t p = 0; p < count; ++p) {
+        multiply(c + (tile * count + p) * kTileSize, kPanel, scratch, kStride,
+                 panels + (p * depth + first) * kPanel, kTileRows, last - first, first > 0);
+      }
     }
   }
 }

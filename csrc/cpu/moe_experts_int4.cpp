@@ -99,8 +99,10 @@ class Experts {
   }
 
  private:
-  static constexpr int64_t kHidden = 32;   // hidden columns of an item
-  static constexpr int64_t kColumns = 64;  // output columns of an item
+  // Of an item: hidden columns by path, tiles of 16; and output columns, tiles of 32.
+  static int64_t item_hidden(const Segment& s) { return s.many ? 128 : 32; }
+  static int64_t item_columns(bool many) { return many ? 256 : 64; }
+  static constexpr int64_t kTiles = 8;  // the most that an item has
 
   // A unit of work within a segment.
   struct Item {
@@ -147,23 +149,24 @@ class Experts {
   }
 
   void gate_up(const Segment* first, const Segment* last) {
-    const auto items =
-        items_of(first, last, [](const Segment& s) { return (s.width + kHidden - 1) / kHidden; });
+    const auto items = items_of(first, last, [](const Segment& s) {
+      return (s.width + item_hidden(s) - 1) / item_hidden(s);
+    });
     int64_t most = 0;
     for (const Segment* s = first; s != last; ++s) most = std::max(most, s->many * s->panels());
     run_items(team_, static_cast<int64_t>(items.size()), [&](Items& queue) {
       const Tiles tiles;
-      Buffer<float> scales(kTileRows * (call_.depth / kGroup)), results(most * kTileSize);
+      Buffer<float> scales(kTiles * kTileRows * (call_.depth / kGroup));
+      Buffer<float> results(kTiles * most * kTileSize);
       Buffer<O> scratch(most > 0 ? kScratch : 0);
       for (int64_t i; queue.take(i);) {
         const auto& [segment, at] = items[i];
-        const int64_t f = at * kHidden;
+        const int64_t hidden = item_hidden(*segment), f = at * hidden;
         if (segment->many) {
-          for (int64_t part = f; part < std::min(f + kHidden, hidden_depth(*segment)); part += 16) {
-            gate_up_many(*segment, part, results.get(), scratch.get(), scales.get());
-          }
+          gate_up_many(*segment, f, std::min(f + hidden, hidden_depth(*segment)), results.get(),
+                       scratch.get(), scales.get());
         } else {
-          gate_up_few(*segment, f, std::min(f + kHidden, segment->width), scales.get());
+          gate_up_few(*segment, f, std::min(f + hidden, segment->width), scales.get());
         }
       }
     });
@@ -199,34 +202,44 @@ class Experts {
     }
   }
 
-  // Hidden columns f .. f + 16: their gate rows and their up rows are the 32 of one tile.
-  void gate_up_many(const Segment& s, int64_t f, float* results, O* scratch, float* scales) {
+  // Of 16 hidden columns the gate rows and the up rows are the 32 of a tile.
+  void gate_up_many(const Segment& s, int64_t begin, int64_t end, float* results, O* scratch,
+                    float* scales) {
     const bool shared = s.expert == Segment::kShared;
     const Int4Rows rows = shared ? Int4Rows{} : call_.gate_up_of(s.expert);
-    auto row_of = [&](int64_t r) { return r < 16 ? f + r : s.width + f + r - 16; };
-    for (int64_t r = 0; r < kTileRows && !shared; ++r) {
-      rows.scales(scales + r * rows.groups, row_of(r));
+    const int64_t tiles = (end - begin) / 16;
+    auto row_of = [&](int64_t tile, int64_t r) {
+      return (r < 16 ? 0 : s.width) + begin + tile * 16 + r % 16;
+    };
+    auto scales_of = [&](int64_t tile, int64_t r) {
+      return scales + (tile * kTileRows + r) * rows.groups;
+    };
+    for (int64_t tile = 0; tile < tiles && !shared; ++tile) {
+      for (int64_t r = 0; r < kTileRows; ++r) rows.scales(scales_of(tile, r), row_of(tile, r));
     }
-    auto fill = [&](O* to, int64_t stride, int64_t r, int64_t first, int64_t last) {
-      if (!shared) {
-        rows.prefetch(row_of(r), first, 16);
-        unpack(to, stride, rows, row_of(r), first, last, scales + r * rows.groups);
-      } else if (f + r % 16 < s.width) {
-        unpack(to, stride, call_.shared_gate_up + row_of(r) * call_.stride_shared_gate_up, first,
-               last, call_.depth);
-      } else {
-        for (int64_t c = first; c < last; c += kGroup) {
-          std::fill_n(to + (c - first) / kGroup * stride, kGroup, O{});
-        }
+    auto fill = [&](O* to, int64_t stride_row, int64_t stride_group, int64_t tile, int64_t first,
+                    int64_t last) {
+      for (int64_t r = 0; r < kTileRows && !shared; r += 16) {
+        unpack_rows(to + r * stride_row, stride_row, stride_group, rows, row_of(tile, r), 16, first,
+                    last, scales_of(tile, r), tile + 1 < tiles ? row_of(tile + 1, r) : -1);
+      }
+      for (int64_t r = 0; r < kTileRows && shared; ++r) {
+        // A column past the width has no row: one of no columns.
+        const int64_t width = begin + tile * 16 + r % 16 < s.width ? call_.depth : 0;
+        unpack_dense(to + r * stride_row, stride_group,
+                     call_.shared_gate_up + row_of(tile, r) * call_.stride_shared_gate_up, first,
+                     last, width);
       }
     };
-    multiply_panels(results, x_of(s, 0), s.count, call_.depth, scratch, fill);
-    for (int64_t p = 0; p < s.panels(); ++p) {
-      const float* c = results + p * kTileSize;
-      pack_sixteen(h_of(s, p * kPanel), f, [&](int row, int column) {
-        const F gate = load(c + row * kPanel + column);
-        return silu(gate) * load(c + (16 + row) * kPanel + column);
-      });
+    multiply_panels(results, x_of(s, 0), s.count, call_.depth, tiles, scratch, fill);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      for (int64_t p = 0; p < s.panels(); ++p) {
+        const float* c = results + (tile * s.panels() + p) * kTileSize;
+        pack_sixteen(h_of(s, p * kPanel), begin + tile * 16, [&](int row, int column) {
+          const F gate = load(c + row * kPanel + column);
+          return silu(gate) * load(c + (16 + row) * kPanel + column);
+        });
+      }
     }
   }
 
@@ -236,13 +249,15 @@ class Experts {
       most = std::max(most, s->many * s->panels());
       widest = std::max(widest, hidden_depth(*s));
     }
-    const int64_t items = (call_.depth + kColumns - 1) / kColumns;
+    const int64_t columns = item_columns(most > 0);
+    const int64_t items = (call_.depth + columns - 1) / columns;
     run_items(team_, items, [&](Items& queue) {
       const Tiles tiles;
-      Buffer<float> scales(kTileRows * (widest / kGroup)), results((most + 1) * kTileSize);
+      Buffer<float> scales(kTiles * kTileRows * (widest / kGroup));
+      Buffer<float> results((kTiles * most + 1) * kTileSize);
       Buffer<O> scratch(most > 0 ? kScratch : 0);
       for (int64_t i; queue.take(i);) {
-        const int64_t d = i * kColumns, end = std::min(d + kColumns, call_.depth);
+        const int64_t d = i * columns, end = std::min(d + columns, call_.depth);
         if (is_first) {
           for (int64_t t = 0; t < call_.tokens; ++t) {
             std::fill(&total_[t * call_.depth + d], &total_[t * call_.depth + d] + (end - d), 0.0f);
@@ -250,9 +265,7 @@ class Experts {
         }
         for (const Segment* s = first; s != last; ++s) {
           if (s->many) {
-            for (int64_t part = d; part < end; part += kTileRows) {
-              down_many(*s, part, results.get(), scratch.get(), scales.get());
-            }
+            down_many(*s, d, end, results.get(), scratch.get(), scales.get());
           } else {
             down_few(*s, d, end, scales.get());
           }
@@ -300,33 +313,45 @@ class Experts {
     }
   }
 
-  void down_many(const Segment& s, int64_t d, float* results, O* scratch, float* scales) {
+  void down_many(const Segment& s, int64_t begin, int64_t end, float* results, O* scratch,
+                 float* scales) {
     const bool shared = s.expert == Segment::kShared;
     const Int4Rows rows = shared ? Int4Rows{} : call_.down_of(s.expert);
-    for (int64_t r = 0; r < kTileRows && !shared; ++r) {
-      rows.scales(scales + r * rows.groups, d + r);
+    const int64_t tiles = (end - begin) / kTileRows;
+    for (int64_t r = 0; r < end - begin && !shared; ++r) {
+      rows.scales(scales + r * rows.groups, begin + r);
     }
-    auto fill = [&](O* to, int64_t stride, int64_t r, int64_t first, int64_t last) {
+    auto fill = [&](O* to, int64_t stride_row, int64_t stride_group, int64_t tile, int64_t first,
+                    int64_t last) {
+      const int64_t row = begin + tile * kTileRows;
       if (!shared) {
-        rows.prefetch(d + r, first, kTileRows);
-        unpack(to, stride, rows, d + r, first, last, scales + r * rows.groups);
-      } else {
-        unpack(to, stride, call_.shared_down + (d + r) * call_.stride_shared_down, first, last,
-               s.width);
+        unpack_rows(to, stride_row, stride_group, rows, row, kTileRows, first, last,
+                    scales + tile * kTileRows * rows.groups,
+                    tile + 1 < tiles ? row + kTileRows : -1);
+        return;
+      }
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        unpack_dense(to + r * stride_row, stride_group,
+                     call_.shared_down + (row + r) * call_.stride_shared_down, first, last,
+                     s.width);
       }
     };
-    multiply_panels(results, h_of(s, 0), s.count, hidden_depth(s), scratch, fill);
-    float* rows_of_tokens = results + s.panels() * kTileSize;
-    for (int64_t p = 0; p < s.panels(); ++p) {
-      transpose_words(reinterpret_cast<uint32_t*>(rows_of_tokens),
-                      reinterpret_cast<const uint32_t*>(results + p * kTileSize), kPanel, kTileRows,
-                      kPanel);
-      for (int64_t slot = p * kPanel; slot < std::min(s.count, (p + 1) * kPanel); ++slot) {
-        const F weight = splat(plan_.weights[s.first + slot]);
-        float* to = &total_of(s, slot, d);
-        const float* from = rows_of_tokens + slot % kPanel * kPanel;
-        for (int j = 0; j < kTileRows; j += W)
-          store(to + j, load(to + j) + weight * load(from + j));
+    multiply_panels(results, h_of(s, 0), s.count, hidden_depth(s), tiles, scratch, fill);
+    float* turned = results + tiles * s.panels() * kTileSize;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      for (int64_t p = 0; p < s.panels(); ++p) {
+        transpose_words(
+            reinterpret_cast<uint32_t*>(turned),
+            reinterpret_cast<const uint32_t*>(results + (tile * s.panels() + p) * kTileSize),
+            kPanel, kTileRows, kPanel);
+        for (int64_t slot = p * kPanel; slot < std::min(s.count, (p + 1) * kPanel); ++slot) {
+          const F weight = splat(plan_.weights[s.first + slot]);
+          float* to = &total_of(s, slot, begin + tile * kTileRows);
+          const float* from = turned + slot % kPanel * kPanel;
+          for (int j = 0; j < kTileRows; j += W) {
+            store(to + j, load(to + j) + weight * load(from + j));
+          }
+        }
       }
     }
   }
