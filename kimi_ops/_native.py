@@ -139,7 +139,8 @@ _TYPES = {
 @functools.cache
 def _runner() -> int:
     """Address of the function that runs a task on threads: torch's own, else the library's."""
-    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    torch_library = ctypes.CDLL(str(path)) if path.is_file() else None
     runner = getattr(torch_library, "GOMP_parallel", None) or _open().kimi_run_threads
     return ctypes.cast(runner, ctypes.c_void_p).value or 0
 

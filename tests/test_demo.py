@@ -56,7 +56,7 @@ def test_demo_fails_on_a_wrong_op(monkeypatch, capsys):
     assert not correct
     assert "NaN misplaced" in row[-1]
     assert demo.main() == 1
-    assert "Wrong: 1 of 1 rows" in capsys.readouterr().out
+    assert "Wrong: 1 of 2 rows" in capsys.readouterr().out
 
 
 def test_demo_tells_what_a_backend_declines(monkeypatch):
