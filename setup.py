@@ -74,10 +74,13 @@ class CMakeBuild(build_ext):
     """Runs CMake in the build folder and puts its results where the package looks for them."""
 
     def run(self) -> None:
-        build = Path(self.build_temp).absolute()
-        # --fresh: what an earlier build remembers (the ninja of its own temporary environment, for
-        # one) may be gone.
-        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build)]
+        # Of a checkout, and not of one kind of build: what is installed in place and what goes into
+        # a wheel are compiled once.
+        build = ROOT / "build" / "native"
+        # What an earlier build remembers (the ninja of its own temporary environment, for one) may
+        # be gone; what it has compiled stays, unlike with cmake --fresh.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build)]
         configure.append("-DCMAKE_BUILD_TYPE=Release")
         found = architectures() if FATBINS else []
         if FATBINS:

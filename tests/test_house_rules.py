@@ -150,8 +150,9 @@ CMAKE_VARIABLES = {
     "KIMI_CUDA_OPTIONS",
     "KIMI_FATBINS",
     "KIMI_ISA",
+    "KIMI_ISAS",
+    "KIMI_KNOWS_AMX",
     "KIMI_SANITIZE",
-    "KIMI_WITH_AMX",
 }
 
 

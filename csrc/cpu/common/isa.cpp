@@ -11,19 +11,19 @@
 namespace {
 
 // The compiler's run-time checks include the operating system's support for the registers.
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
 
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 
 // Linux gives a process the tile registers when it asks for them (x86 "Using XSTATE features").
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
@@ -35,11 +35,15 @@ bool has_amx() {
 std::string find_isas() {
   __builtin_cpu_init();
   std::string found;
-#ifdef KIMI_WITH_AMX
+#ifdef KIMI_WITH_amx
   if (has_amx()) found += "amx ";
 #endif
+#ifdef KIMI_WITH_avx512
   if (has_avx512()) found += "avx512 ";
+#endif
+#ifdef KIMI_WITH_avx2
   if (has_avx2()) found += "avx2 ";
+#endif
   return found + "scalar";
 }
 
