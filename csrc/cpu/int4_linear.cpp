@@ -31,22 +31,22 @@ struct Linear {
       arrange(arranged.get() + t * size, x + t * stride_x, columns);
     });
     run_items(team, (weight_rows + kTileRows - 1) / kTileRows, [&](Items& items) {
-      const Buffer<float> scales(2 * weights.groups);
+      const Buffer<float> scales(kMostRowsTogether * weights.groups);
       for (int64_t item; items.take(item);) {
-        const int64_t last = std::min(weight_rows, (item + 1) * kTileRows);
-        for (int64_t row = item * kTileRows; row < last; row += 2) {
-          const int64_t second = std::min(row + 1, last - 1);  // a lone last row goes twice
-          for_few(tokens, [&]<int T>(std::integral_constant<int, T>, int64_t from) {
-            const O* xs[T];
-            for (int t = 0; t < T; ++t) xs[t] = arranged.get() + (from + t) * size;
-            float products[2][T];
-            dot_rows<2, T>(products, weights, {row, second}, xs, scales.get());
+        const int64_t first = item * kTileRows, last = std::min(weight_rows, first + kTileRows);
+        for_few(tokens, [&]<int T>(std::integral_constant<int, T>, int64_t from) {
+          const O* xs[T];
+          for (int t = 0; t < T; ++t) xs[t] = arranged.get() + (from + t) * size;
+          for_parts<kRowsTogether<T>>(first, last, [&]<int P>(const int64_t (&rows)[P]) {
+            float products[P][T];
+            dot_rows<P, T>(products, weights, rows, xs, scales.get());
             for (int t = 0; t < T; ++t) {
-              y[(from + t) * weight_rows + row] = narrow<E>(products[0][t]);
-              y[(from + t) * weight_rows + second] = narrow<E>(products[1][t]);
+              for (int p = 0; p < P; ++p) {
+                y[(from + t) * weight_rows + rows[p]] = narrow<E>(products[p][t]);
+              }
             }
           });
-        }
+        });
       }
     });
   }

@@ -133,18 +133,26 @@ class Experts {
       return;
     }
     const Int4Rows rows = call_.gate_up_of(s.expert);
-    for (int64_t f = first; f < last; ++f) {
-      for_few(s.count, [&]<int T>(std::integral_constant<int, T>, int64_t from) {
-        const O* x[T];
-        for (int t = 0; t < T; ++t) x[t] = x_of(s, from + t);
-        float products[2][T];
-        dot_rows<2, T>(products, rows, {f, s.width + f}, x, scales);
+    for_few(s.count, [&]<int T>(std::integral_constant<int, T>, int64_t from) {
+      const O* x[T];
+      for (int t = 0; t < T; ++t) x[t] = x_of(s, from + t);
+      // Columns of the item's parts side by side, so that each part is read from front to back.
+      for_parts<kRowsTogether<T> / 2>(first, last, [&]<int P>(const int64_t (&f)[P]) {
+        int64_t gates_and_ups[2 * P];
+        for (int p = 0; p < P; ++p) {
+          gates_and_ups[p] = f[p];
+          gates_and_ups[P + p] = s.width + f[p];
+        }
+        float products[2 * P][T];
+        dot_rows<2 * P, T>(products, rows, gates_and_ups, x, scales);
         for (int t = 0; t < T; ++t) {
-          h_of(s, from + t)[arranged_position<O>(f)] =
-              narrow<O>(silu_times(products[0][t], products[1][t]));
+          for (int p = 0; p < P; ++p) {
+            h_of(s, from + t)[arranged_position<O>(f[p])] =
+                narrow<O>(silu_times(products[p][t], products[P + p][t]));
+          }
         }
       });
-    }
+    });
   }
 
   // Of 16 hidden columns the gate rows and the up rows are the 32 of a tile.
@@ -244,18 +252,19 @@ class Experts {
       return;
     }
     const Int4Rows rows = call_.down_of(s.expert);
-    for (int64_t d = first; d < last; d += 2) {
-      for_few(s.count, [&]<int T>(std::integral_constant<int, T>, int64_t from) {
-        const O* h[T];
-        for (int t = 0; t < T; ++t) h[t] = h_of(s, from + t);
-        float products[2][T];
-        dot_rows<2, T>(products, rows, {d, d + 1}, h, scales);
+    for_few(s.count, [&]<int T>(std::integral_constant<int, T>, int64_t from) {
+      const O* h[T];
+      for (int t = 0; t < T; ++t) h[t] = h_of(s, from + t);
+      for_parts<kRowsTogether<T>>(first, last, [&]<int P>(const int64_t (&d)[P]) {
+        float products[P][T];
+        dot_rows<P, T>(products, rows, d, h, scales);
         for (int t = 0; t < T; ++t) {
-          total_of(s, from + t, d) += weights[from + t] * products[0][t];
-          total_of(s, from + t, d + 1) += weights[from + t] * products[1][t];
+          for (int p = 0; p < P; ++p) {
+            total_of(s, from + t, d[p]) += weights[from + t] * products[p][t];
+          }
         }
       });
-    }
+    });
   }
 
   void down_many(const Segment& s, int64_t begin, int64_t end, float* results, O* scratch,

@@ -127,17 +127,28 @@ inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a
 
 inline constexpr int kRows = W == 16 ? 12 : 6;  // of sums in registers, 2 W wide
 
-// sums[R][2] += a[R][k] b[k][2 W], from one step of the depth on to the next.
+// sums[R][2] += a[R][k] b[k][2 W], from one step of the depth on to the next. Without fused
+// multiply-adds in float64: each of them would be rounded twice, more often than torch does.
 template <int R>
 inline void multiply_rows(F (&sums)[R][2], const float* a, int64_t stride_a, const float* panel,
                           int64_t k) {
+#if defined(__FMA__)
+  using Wide = F;
+#else
+  typedef double Wide __attribute__((vector_size(8 * W)));
+#endif
+  Wide wide[R][2] = {};
   for (int64_t i = 0; i < k; ++i) {
-    const F b0 = load(panel + i * kPanel), b1 = load(panel + i * kPanel + W);
+    const Wide b0 = __builtin_convertvector(load(panel + i * kPanel), Wide);
+    const Wide b1 = __builtin_convertvector(load(panel + i * kPanel + W), Wide);
     for (int r = 0; r < R; ++r) {
-      const F x = splat(a[r * stride_a + i]);
-      sums[r][0] += x * b0;
-      sums[r][1] += x * b1;
+      const Wide x = Wide{} + a[r * stride_a + i];
+      wide[r][0] += x * b0;
+      wide[r][1] += x * b1;
     }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < 2; ++j) sums[r][j] += __builtin_convertvector(wide[r][j], F);
   }
 }
 
@@ -167,10 +178,10 @@ inline void multiply_rows(F (&sums)[R][2], const bf16* a, int64_t stride_a, cons
   }
 }
 
-// Products that are summed one after the other. Of floats few, and the sums of those are added up:
-// a single chain of hundreds would round more often than torch does.
+// Products that are summed one after the other; the sums of those are added up: a single chain of
+// hundreds would round more often than torch does.
 template <class O>
-inline constexpr int64_t kChain = kPairs<O> ? int64_t{1} << 62 : 32;
+inline constexpr int64_t kChain = kPairs<O> ? 128 : 32;
 
 template <int R, class O>
 inline void multiply_block(float* c, int64_t stride_c, const O* a, int64_t stride_a, const O* panel,
@@ -181,17 +192,11 @@ inline void multiply_block(float* c, int64_t stride_c, const O* a, int64_t strid
     do {
       const bool add = accumulate || first > 0;
       F sums[R][2] = {};
-      if (add && kPairs<O>) {
-        for (int r = 0; r < R; ++r) {
-          sums[r][0] = load(c + r * stride_c + column);
-          sums[r][1] = load(c + r * stride_c + column + W);
-        }
-      }
       multiply_rows<R>(sums, a + first, stride_a, panel + first * kPanel + column * kWords,
                        std::min(kChain<O>, k - first));
       for (int r = 0; r < R; ++r) {
         float* to = c + r * stride_c + column;
-        if (add && !kPairs<O>) {
+        if (add) {
           sums[r][0] += load(to);
           sums[r][1] += load(to + W);
         }
