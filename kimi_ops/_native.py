@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -130,6 +130,7 @@ class _Rows(ctypes.Structure):
 
 _TYPES = {
     "pointer": ctypes.c_void_p,
+    "result": ctypes.c_void_p,
     "int64_t": ctypes.c_int64,
     "float": ctypes.c_float,
     "kimi_rows": _Rows,
@@ -157,36 +158,83 @@ def _team(threads: int) -> Any:
 
 @functools.cache
 def parameters() -> dict[str, tuple[tuple[str, str], ...]]:
-    """Per op of `csrc/kimi.h` its parameters: (type, name), pointers as ``"pointer"``."""
+    """Per op of `csrc/kimi.h` its parameters: (type, name); pointers as ``"pointer"``, or as
+    ``"result"`` where the op writes there."""
     text = re.sub(r"//.*", "", HEADER.read_text())
     found = {}
     for op, listed in re.findall(r"^KIMI_OP\((\w+),([^;]*)\);", text, flags=re.MULTILINE):
         entries = []
         for parameter in listed.split(","):
             kind, _, name = parameter.strip().rpartition(" ")
-            entries.append(("pointer" if "*" in kind else kind, name))
+            if "*" in kind:
+                kind = "pointer" if "const" in kind else "result"
+            entries.append((kind, name))
         found[op] = tuple(entries)
     return found
 
 
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _number(value: int | torch.dtype) -> int:
+    return DTYPES[value] if isinstance(value, torch.dtype) else value
+
+
+def _places(rows: Rows) -> _Rows:
+    return _Rows(rows.inner, rows.stride_outer, rows.stride_inner)
+
+
+# How an argument of a type is handed to ctypes.
+_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "pointer": _address,
+    "result": _address,
+    "int64_t": _number,
+    "float": float,
+    "kimi_rows": _places,
+}
+
+
+class _Entry(NamedTuple):
+    """An op for an instruction set.
+
+    Attributes:
+        function: of the library.
+        arguments: name and conversion of each, in order.
+        results: names of what it writes.
+    """
+
+    function: Callable[..., int]
+    arguments: tuple[tuple[str, Callable[[Any], Any]], ...]
+    results: tuple[str, ...]
+
+
 @functools.cache
-def _function(op: str, isa: str) -> tuple[Callable[..., int], tuple[str, ...]]:
-    """An op's entry for an instruction set, and the names of its arguments in order."""
+def _entry(op: str, isa: str) -> _Entry:
     function = getattr(_open(), f"kimi_{op}_{isa}")
-    function.argtypes = [ctypes.POINTER(_Team), *(_TYPES[kind] for kind, _ in parameters()[op])]
+    listed = parameters()[op]
+    function.argtypes = [ctypes.POINTER(_Team), *(_TYPES[kind] for kind, _ in listed)]
     function.restype = ctypes.c_int
-    return function, tuple(name for _, name in parameters()[op])
+    return _Entry(
+        function,
+        tuple((name, _CONVERSIONS[kind]) for kind, name in listed),
+        tuple(name for kind, name in listed if kind == "result"),
+    )
 
 
-def _plain(value: Any) -> Any:
-    """An argument as ctypes takes it."""
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr()
-    if isinstance(value, torch.dtype):
-        return DTYPES[value]
-    if isinstance(value, Rows):
-        return _Rows(value.inner, value.stride_outer, value.stride_inner)
-    return value
+_Watcher = Callable[[torch.Tensor], None]
+_WATCHERS: list[_Watcher] = []
+
+
+@contextlib.contextmanager
+def watching(wrote: _Watcher) -> Iterator[None]:
+    """Within a block calls ``wrote(tensor)`` for every tensor that an op of the library has
+    written: torch sees nothing of that. Not for several threads."""
+    _WATCHERS.append(wrote)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(wrote)
 
 
 def call(op: str, **named: Any) -> None:
@@ -202,10 +250,15 @@ def call(op: str, **named: Any) -> None:
         MemoryError: there was none for the op's workspace.
         ValueError: as `cpu_isa`.
     """
-    function, names = _function(op, cpu_isa())
-    if len(names) != len(named):
-        raise TypeError(f"{op}: takes {', '.join(names)}; got {', '.join(named)}")
-    args = [_plain(named[name]) for name in names]
+    function, arguments, results = _entry(op, cpu_isa())
+    if len(arguments) != len(named):
+        names = ", ".join(name for name, _ in arguments)
+        raise TypeError(f"{op}: takes {names}; got {', '.join(named)}")
+    args = [convert(named[name]) for name, convert in arguments]
     status = function(_team(torch.get_num_threads()), *args)
     if status == _NO_MEMORY:
         raise MemoryError(f"{op}: no memory for its workspace")
+    for wrote in _WATCHERS:
+        for name in results:
+            if named[name] is not None:
+                wrote(named[name])

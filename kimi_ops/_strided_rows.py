@@ -42,6 +42,10 @@ def or_packed(x: Tensor) -> tuple[Tensor, Rows]:
     """A tensor with its rows: ``x`` itself, or a packed copy where its rows have no two strides."""
     if x.numel() == 0:
         return x, Rows(0, 1, 0, 0, 1)
+    if x.is_contiguous():  # what `rows_of` would find, in a third of the time
+        columns = x.shape[-1]
+        total = x.numel() // columns
+        return x, Rows(total, total, 0, columns if total > 1 else 0, 1)
     rows = rows_of(x)
     if rows is None:
         x = x.contiguous()

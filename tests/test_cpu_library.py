@@ -55,7 +55,19 @@ def test_every_declaration_is_an_entry_with_every_instruction_set():
     for op, parameters in _native.parameters().items():
         assert len({name for _, name in parameters}) == len(parameters)
         for isa in _native.cpu_isas():
-            assert _native._function(op, isa)[1] == tuple(name for _, name in parameters)
+            found = tuple(name for name, _ in _native._entry(op, isa).arguments)
+            assert found == tuple(name for _, name in parameters)
+
+
+def test_a_watcher_is_told_what_was_written_and_nothing_else():
+    args = op_args("add_rms_norm", 4, BF16)
+    told = []
+    with _native.watching(told.append), kimi_ops.use_backend("add_rms_norm=cpu"):
+        outputs = kimi_ops.add_rms_norm(*args)
+    assert [t.data_ptr() for t in told] == [t.data_ptr() for t in outputs]
+    with kimi_ops.use_backend("add_rms_norm=cpu"):
+        kimi_ops.add_rms_norm(*args)
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from kimi_ops import _native
 from kimi_ops._backends import simulated
 from kimi_ops._target import Target, is_named, targeting
 from kimi_ops.cuda._launcher import use_launcher
@@ -368,5 +369,6 @@ def emulated(
         stack.enter_context(use_launcher(launcher))
         stack.enter_context(simulated("triton", "cuda"))
         stack.enter_context(_workspaces(written))
+        stack.enter_context(_native.watching(written.wrote))
         yield emulation
     written.require(uninitialised)

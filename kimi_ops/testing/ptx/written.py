@@ -62,6 +62,12 @@ class Written:
             kept.flags[:] = 1
         return kept.flags
 
+    def wrote(self, tensor: torch.Tensor) -> None:
+        """Something else than a launch or torch has written to a tensor: all of it holds values."""
+        flags = self.flags(tensor)
+        if flags is not None and tensor.numel():
+            element_flags(flags, tensor).fill_(1)
+
     def require(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raises Uninitialised unless every element of the tensors holds a value."""
         for number, tensor in enumerate(tensors):
