@@ -1,4 +1,4 @@
-"""Maps `kernels/` and `csrc/` into the package and builds the CPU library with CMake and ninja.
+"""Maps `kernels/`, `csrc/` and `bench/` into the package and builds the CPU library with CMake and ninja.
 
 Without a C++ compiler the package installs all the same, as pure Python (``kimi-ops doctor`` says
 that the CPU backend is missing). The environment variable ``KIMI_OPS_NATIVE`` decides otherwise:
@@ -23,6 +23,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 LIBRARY = "kimi_ops/_lib/libkimi_ops_cpu.so"
+# Folders of the top level that are packages when installed.
+MAPPED = {"kimi_ops.kernels": "kernels", "kimi_ops.csrc": "csrc", "kimi_ops.bench.cases": "bench"}
 
 
 def builds_native() -> bool:
@@ -152,10 +154,9 @@ setup(
     cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuild, "bdist_wheel": PlatformWheel},
     packages=[
         *find_packages(include=["kimi_ops", "kimi_ops.*"]),
-        "kimi_ops.kernels",
-        "kimi_ops.csrc",
+        *MAPPED,
     ],
-    package_dir={"kimi_ops": "kimi_ops", "kimi_ops.kernels": "kernels", "kimi_ops.csrc": "csrc"},
+    package_dir={"kimi_ops": "kimi_ops", **MAPPED},
     package_data={
         "kimi_ops": ["py.typed"],
         "kimi_ops.model": ["configs/*.json", "*.jinja"],

@@ -59,6 +59,12 @@ def _tune() -> Command:
     return command.run
 
 
+def _bench() -> Command:
+    from kimi_ops.bench import command
+
+    return command.run
+
+
 def _generate() -> Command:
     from kimi_ops.model import generate_command
 
@@ -170,6 +176,43 @@ def _add_tune(commands: Any) -> None:
 
     what = "search the tiles of the Triton kernels for one GPU"
     add_arguments(_add(commands, "tune", _tune, what, None))
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "bench",
+        _bench,
+        "measure each op against this machine's limits and its peers",
+        "Measures every op at Kimi K2.5's sizes against what this machine can do and against the "
+        "peers that are installed, all taking turns. A result is checked before it is timed. Exit "
+        "code 1 if one is wrong. Times for GPUs that are not here are modelled, and say so.",
+    )
+    parser.add_argument("--op", nargs="+", default=[], metavar="OP", help="names of ops (all)")
+    parser.add_argument(
+        "--backend", nargs="+", default=[], metavar="B", help="(those with kernels for the device)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], metavar="TEXT", help="cases whose names have it in them"
+    )
+    parser.add_argument(
+        "--peers", nargs="+", default=[], metavar="P", help="(all installed); none for none"
+    )
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=[], metavar="N", help="of torch, on a CPU (all)"
+    )
+    parser.add_argument(
+        "--sections", nargs="+", default=[], metavar="S", help="measured, modelled, step (all)"
+    )
+    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="at most (25)")
+    parser.add_argument("--seconds", type=float, default=6.0, metavar="X", help="of a case (6)")
+    parser.add_argument("--full", action="store_true", help="all cases: hours on a CPU")
+    parser.add_argument("--list", action="store_true", help="print the cases and end")
+    parser.add_argument("--out", metavar="DIR", help="write bench.json, bench.csv and bench.html")
+    parser.add_argument(
+        "--compare", metavar="FILE", help="bench.json of another run; exit code 1 if medians differ"
+    )
 
 
 def _add_generate(commands: Any) -> None:
@@ -287,6 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="the same as JSON")
     _add_verify(commands)
     _add_tune(commands)
+    _add_bench(commands)
     _add_generate(commands)
     _add_inspect(commands)
     _add_make_checkpoint(commands)

@@ -38,7 +38,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
@@ -55,7 +56,7 @@ def _capabilities() -> list[tuple[int, int]]:
 def report() -> dict[str, Any]:
     """What `kimi-ops doctor --json` prints: versions, devices, native code, and ops by device."""
     missing = _native.missing()
-    devices = [{"type": "cpu", "name": _processor(), "threads": torch.get_num_threads()}]
+    devices = [{"type": "cpu", "name": processor(), "threads": torch.get_num_threads()}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

@@ -17,7 +17,8 @@ from kimi_ops.testing import cases
 ROOT = Path(__file__).parents[1]
 OPS = kimi_ops.op_names()
 # Layers that have a file for every op, and layers that may have one.
-COMPLETE = {"kimi_ops/ops": ".py", "kimi_ops/reference": ".py", "tests": ".py"}
+COMPLETE = {"kimi_ops/ops": ".py", "kimi_ops/reference": ".py", "tests": ".py", "bench": ".py"}
+PREFIX = {"tests": "test_", "bench": "bench_"}
 PARTIAL = {"kernels": ".py", "kimi_ops/cpu": ".py", "kimi_ops/cuda": ".py"}
 LAUNCHERS = {"csrc/cpu": (".cpp", "kimi_ops/cpu"), "csrc/cuda": (".cu", "kimi_ops/cuda")}
 
@@ -38,7 +39,7 @@ def _stems(folder: str, suffix: str, prefix: str = "") -> set[str]:
 
 @pytest.mark.parametrize("folder", COMPLETE)
 def test_every_op_is_in_every_complete_layer(folder):
-    prefix = "test_" if folder == "tests" else ""
+    prefix = PREFIX.get(folder, "")
     stems = _stems(folder, COMPLETE[folder], prefix)
     assert stems >= set(OPS)
     if not prefix:
