@@ -1,4 +1,4 @@
-"""Maps `kernels/`, `csrc/` and `bench/` into the package and builds the CPU library with CMake and ninja.
+"""Maps `kernels/`, `csrc/` and `bench/` into the package and builds the CPU library with CMake.
 
 Without a C++ compiler the package installs all the same, as pure Python (``kimi-ops doctor`` says
 that the CPU backend is missing). The environment variable ``KIMI_OPS_NATIVE`` decides otherwise:

@@ -18,6 +18,15 @@ from typing import Any, TextIO
 import torch
 
 from kimi_ops import _ctrl_c
+from kimi_ops._arguments import (
+    Medium,
+    Parser,
+    add_cache_format,
+    add_dtype,
+    add_json,
+    add_layers,
+    add_number,
+)
 from kimi_ops._dispatch import BackendError, parse_choice
 from kimi_ops._version import __version__
 from kimi_ops.model.errors import KimiError
@@ -89,31 +98,6 @@ def _plan() -> Command:
     return commands.run_plan
 
 
-class _Parser(argparse.ArgumentParser):
-    """Takes options by their full names only, and says so where a help text cannot be written."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse's own drops the error of a full disk or a closed pipe.
-        (file or sys.stderr).write(message)
-
-
-class _Medium(argparse.Action):
-    """Collects --image and --video in one list, so that their order is kept."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        kind = "image" if option_string == "--image" else "video"
-        namespace.media = [*namespace.media, *((kind, path) for path in values)]
-
-
 def _add(
     commands: Any, name: str, load: Callable[[], Command], short: str, description: str | None
 ) -> argparse.ArgumentParser:
@@ -121,31 +105,6 @@ def _add(
     parser: argparse.ArgumentParser = commands.add_parser(name, help=short, description=description)
     parser.set_defaults(load=load, usage_error=parser.error)
     return parser
-
-
-def _add_json(parser: argparse.ArgumentParser, what: str = "the same as JSON") -> None:
-    parser.add_argument("--json", action="store_true", help=what)
-
-
-def _add_dtype(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help=f"{what} (bf16)"
-    )
-
-
-def _add_cache_format(parser: argparse.ArgumentParser) -> None:
-    what = "of the latent cache; fp8 takes 57 %% of bfloat16's memory (plain)"
-    parser.add_argument("--cache-format", choices=("plain", "fp8"), default="plain", help=what)
-
-
-def _add_layers(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--layers", metavar="A-B", help=what)
-
-
-def _add_number(
-    parser: argparse.ArgumentParser, name: str, what: str, default: int | None = None
-) -> None:
-    parser.add_argument(name, type=int, default=default, metavar="N", help=what)
 
 
 def _add_verify(commands: Any) -> None:
@@ -189,13 +148,9 @@ def _add_bench(commands: Any) -> None:
         "code 1 if one is wrong. Times for GPUs that are not here are modelled, and say so.",
     )
     parser.add_argument("--op", nargs="+", default=[], metavar="OP", help="names of ops (all)")
-    parser.add_argument(
-        "--backend", nargs="+", default=[], metavar="B", help="(those with kernels for the device)"
-    )
+    parser.add_argument("--backend", nargs="+", default=[], metavar="B", help="(with kernels here)")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument(
-        "--cases", nargs="+", default=[], metavar="TEXT", help="cases whose names have it in them"
-    )
+    parser.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="a part of the name")
     parser.add_argument(
         "--peers", nargs="+", default=[], metavar="P", help="(all installed); none for none"
     )
@@ -233,7 +188,7 @@ def _add_generate(commands: Any) -> None:
     for kind, name in (("--image", "pictures"), ("--video", "clips")):
         parser.add_argument(
             kind,
-            action=_Medium,
+            action=Medium,
             nargs="+",
             dest="media",
             default=[],
@@ -242,9 +197,9 @@ def _add_generate(commands: Any) -> None:
         )
     parser.add_argument("--instant", action="store_true", help="answer without reasoning first")
     parser.add_argument("--tools", metavar="F", help="JSON list of tools, OpenAI format")
-    _add_json(parser, "one JSON object on stdout")
+    add_json(parser, "one JSON object on stdout")
     parser.add_argument("--no-stream", action="store_true", help="print the answer when complete")
-    _add_number(parser, "--max-new-tokens", "(the checkpoint's, else 1024)")
+    add_number(parser, "--max-new-tokens", "(the checkpoint's, else 1024)")
     parser.add_argument(
         "--temperature",
         type=float,
@@ -252,11 +207,11 @@ def _add_generate(commands: Any) -> None:
         help="0 is greedy (the checkpoint's, else 1.0; instant 0.6)",
     )
     parser.add_argument("--top-p", type=float, metavar="X", help="(the checkpoint's, else 0.95)")
-    _add_number(parser, "--seed", "of the sampling (0)", 0)
+    add_number(parser, "--seed", "of the sampling (0)", 0)
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
-    _add_dtype(parser, "of the float weights")
-    _add_cache_format(parser)
-    _add_layers(parser, "load only these decoder layers, such as 0-3")
+    add_dtype(parser, "of the float weights")
+    add_cache_format(parser)
+    add_layers(parser, "load only these decoder layers, such as 0-3")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -271,8 +226,8 @@ def _add_inspect(commands: Any) -> None:
         "directory", metavar="DIR", help="checkpoint, config.json, or kimi-k2.5 (the released one)"
     )
     parser.add_argument("--config-only", action="store_true", help="look at the config alone")
-    _add_layers(parser, "decoder layers that must be present, such as 0-3")
-    _add_json(parser)
+    add_layers(parser, "decoder layers that must be present, such as 0-3")
+    add_json(parser)
 
 
 def _add_make_checkpoint(commands: Any) -> None:
@@ -287,10 +242,10 @@ def _add_make_checkpoint(commands: Any) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", choices=("tiny", "kimi-k2.5"), help="(tiny)")
     size.add_argument("--config", metavar="FILE", help="sizes from this config.json")
-    _add_number(parser, "--num-hidden-layers", "a model of this many decoder layers")
-    _add_layers(parser, "write only these decoder layers, such as 0-1")
-    _add_number(parser, "--seed", "of the weights (0)", 0)
-    _add_dtype(parser, "of the float tensors")
+    add_number(parser, "--num-hidden-layers", "a model of this many decoder layers")
+    add_layers(parser, "write only these decoder layers, such as 0-1")
+    add_number(parser, "--seed", "of the weights (0)", 0)
+    add_dtype(parser, "of the float tensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint")
 
 
@@ -303,23 +258,23 @@ def _add_plan(commands: Any) -> None:
         "Memory per device, from the config alone. Exit code 1 if it does not fit.",
     )
     parser.add_argument("--devices", required=True, help="8x141GB, 80GiB or cpu:768GB")
-    _add_number(parser, "--context", "tokens (the config's limit)")
-    _add_number(parser, "--batch", "sequences (1)", 1)
+    add_number(parser, "--context", "tokens (the config's limit)")
+    add_number(parser, "--batch", "sequences (1)", 1)
     parser.add_argument("--parallel", metavar="P", help="none, tp8, ep8, tp8ep8 (tp over all)")
     parser.add_argument("--weights", choices=("int4", "bf16"), default="int4", help="(int4)")
-    _add_cache_format(parser)
+    add_cache_format(parser)
     parser.add_argument("--config", metavar="FILE", help="a config.json (that of Kimi K2.5)")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="kimi-ops", description="Fused kernels for Kimi K2.5, and the model made of them."
     )
     parser.add_argument("--version", action="version", version=f"kimi-ops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor = _add(commands, "doctor", _doctor, "versions, devices, and who runs each op here", None)
-    _add_json(doctor)
+    add_json(doctor)
     compile_ = _add(
         commands, "compile", _compile, "registers, memory, instructions of each kernel", None
     )
