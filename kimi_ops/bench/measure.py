@@ -26,7 +26,9 @@ from kimi_ops.bench.clock import Call, Clock, Sampler
 from kimi_ops.bench.memory import available_bytes, cache_bytes
 from kimi_ops.bench.peers import Declined
 from kimi_ops.bench.record import MEASURED, SKIPPED, WRONG, Row
+from kimi_ops.quant import latent_fp8
 from kimi_ops.testing.check import as_tuple
+from kimi_ops.testing.latent_fp8 import is_written_fp8
 
 APART = 2e-2  # relative L2 between a peer's result and ours; a peer may declare its own
 _ROTATION = (3, 32)  # calls, at least and at most
@@ -140,11 +142,15 @@ def _rested(sample: Sampler, rest_s: float) -> Sampler:
     return rested
 
 
-def _apart(op: Op, peer: Any, mine: Sequence[Tensor]) -> float:
+def _apart(op: Op, call: Args, peer: Any, mine: Sequence[Tensor]) -> float:
     """Relative L2 distance of a peer's results from ours, the larger of them."""
     theirs = as_tuple(peer)
     # An op that writes an argument is compared by it, others by as many results as the peer has.
     ours = mine[-len(op.mutates) :] if op.mutates else mine
+    if is_written_fp8(op, call):
+        rank = call[op.params.index("kv_norm_weight")].numel()
+        theirs = tuple(latent_fp8.unpack(tensor, rank) for tensor in theirs)
+        ours = [latent_fp8.unpack(tensor, rank) for tensor in ours]
     worst = 0.0
     for a, b in zip(theirs, ours, strict=False):
         if b.numel():
@@ -247,7 +253,7 @@ class Bench:
             return SKIPPED, reason
         try:
             run = peer.OPS[op.name](calls)
-            apart = _apart(op, run(0), mine)
+            apart = _apart(op, calls[0], run(0), mine)
         except Declined as error:
             return SKIPPED, str(error)
         if not apart <= getattr(peer, "APART", APART):

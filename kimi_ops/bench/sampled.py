@@ -53,6 +53,7 @@ _BATCH_THREADS = 8192
 _SAMPLES = {"experts_int4_prepare": 1 << 20, "mla_decode_split": 4, "_gate_up_": 12, "_down_": 12}
 _CTAS = 8
 _IDLE = 1 / 30  # of the longest CTA's instructions: what ends after one load has fewer
+_ALIGNMENT = 256  # bytes, of an allocation on a GPU
 _STD = {"bias": 0.1, "gate_weight": 7168**-0.5}  # so that the router meets no ties
 _WHOLE = 64  # tokens up to which the router's selection is in the launch of its product
 
@@ -151,7 +152,9 @@ def arguments_of(case: Case) -> tuple[Any, ...]:
         key, size = arg.untyped_storage()._cdata, arg.untyped_storage().nbytes()
         flat = storages.get(key)
         if flat is None:
-            flat = torch.from_numpy(np.zeros(size, np.uint8)).view(arg.dtype)
+            raw = np.zeros(size + _ALIGNMENT, np.uint8)
+            start = -raw.ctypes.data % _ALIGNMENT
+            flat = torch.from_numpy(raw[start : start + size]).view(arg.dtype)
             if arg.is_floating_point() and not name.endswith("scale"):
                 values = (pool * _STD.get(name, 1.0)).roll(4099 * len(storages))
                 for start in range(0, len(flat), len(values)):
@@ -240,7 +243,8 @@ class _Sampler:
     launched: list[Launched] = field(default_factory=list)
 
     def _places(self, name: str, grid: Sequence[int]) -> list[tuple[Array, int]]:
-        """Of each kind of CTAs the numbers of those that are executed, and how many there are."""
+        """Of each kind of CTAs the numbers of those that are executed, and how many there are
+        that have something to do."""
         count = math.prod(grid)
         if "packed_attention" in name:  # half of the grid's columns are for rows of no sequence
             tiles = grid[0] // 2
@@ -278,14 +282,24 @@ class _Sampler:
                 kind, _, position = buffer.name.partition(" ")
                 if kind == "argument" and storages[int(position)] in self.warm:
                     buffer.touched[:] = True
-            launched.parts.append((_executed(kernel, launch, numbers), count))
+            report = _executed(kernel, launch, numbers)
+            if self.ids is not None and count < math.prod(grid):
+                _leave_out_idle(report)
+            launched.parts.append((report, count))
         launched.dram_bytes = sum(self.due.pop(key, 0.0) for key in storages.values())
         self.warm.update(storages.values())
         return launched.parts[0][0]
 
 
+def _leave_out_idle(report: Report) -> None:
+    """Counts only CTAs that had something to do; what the others did is next to nothing."""
+    issued = report.cta_instructions
+    report.cta_instructions = issued[issued > issued.max() * _IDLE]
+    report.ctas = len(report.cta_instructions)
+
+
 def _executed(kernel: Kernel, launch: Launch, numbers: Array) -> Report:
-    """The report of some CTAs, without those that had nothing to do."""
+    """The report of some CTAs."""
     threads = math.prod(launch.block)
     batch = max(1, min(len(numbers), _BATCH_THREADS // (-(-threads // WARP) * WARP)))
     machine = Machine(launch, batch)
@@ -293,9 +307,7 @@ def _executed(kernel: Kernel, launch: Launch, numbers: Array) -> Report:
         for start in range(0, len(numbers), batch):
             machine.run(numbers[start : start + batch])
     report = kernel._report(launch, machine, len(numbers), threads)
-    issued = report.cta_instructions[numbers]
-    busy = issued[issued > issued.max() * _IDLE]
-    report.cta_instructions, report.ctas = busy, len(busy)
+    report.cta_instructions = report.cta_instructions[numbers]
     return report
 
 
