@@ -173,7 +173,7 @@ inline constexpr int64_t kAhead = 3072;  // bytes that weights are fetched ahead
 // at up to twice the speed of two (Zen 4: 29 GB/s and 16); the sums of more tokens leave room for
 // two.
 template <int T>
-inline constexpr int kRowsTogether = W == 16 ? 4 : 2;
+inline constexpr int kRowsTogether = T <= 2 && W == 16 ? 4 : 2;
 inline constexpr int kMostRowsTogether = 4;
 
 // results[r][t] = weights[rows[r]] . x[t] for R rows and T rearranged tokens; `scratch` holds
