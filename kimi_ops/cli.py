@@ -164,7 +164,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--seconds", type=float, default=6.0, metavar="X", help="of a case (6)")
     parser.add_argument("--full", action="store_true", help="all cases: hours on a CPU")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
-    parser.add_argument("--out", metavar="DIR", help="write bench.json, bench.csv and bench.html")
+    parser.add_argument("--out", metavar="DIR", help="write bench.json, .csv, .md and .html")
     parser.add_argument(
         "--compare", metavar="FILE", help="bench.json of another run; exit code 1 if medians differ"
     )

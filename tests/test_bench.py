@@ -278,6 +278,9 @@ def test_the_command_measures_and_writes_its_files(tmp_path, capsys):
     assert [row.status for row in found.rows] == [MEASURED, MEASURED]
     assert found.machine["commit"]
     assert "<svg" in (folder / "bench.html").read_text()
+    assert (folder / "ratios.svg").read_text().startswith("<svg")
+    assert (folder / "bench.md").read_text().count("\n| `rms_norm` |") == 1
+    assert (folder / "bench.csv").read_text().count("\nrms_norm,1 token,") == 2
     # Times of microseconds need not agree, but the text says which do.
     assert main([*command, "--compare", str(folder / "bench.json")]) in (0, 1)
     assert "rms_norm" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
 pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.4'")
@@ -76,6 +77,31 @@ def test_a_sample_stands_for_the_whole_grid(monkeypatch):
     assert (whole["kernels"][0]["ctas"], whole["kernels"][0]["sampled_ctas"]) == (64, 64)
     for name in ("low_us", "up_us"):
         assert part[name] == pytest.approx(whole[name], rel=0.02)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_blocks_with_tokens_are_counted_right(monkeypatch, backend):
+    """All CTAs of a small expert layer executed: as many had something to do as were foretold."""
+    tokens, d, experts, width = 24, 256, 48, 128
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weights = [
+        meta(experts, *shape, dtype=dtype)
+        for rows, k in ((2 * width, d), (d, width))
+        for shape, dtype in (((rows, k // 8), torch.int32), ((rows, k // 32), torch.bfloat16))
+    ]
+    chosen = meta(tokens, 8, dtype=torch.float32), meta(tokens, 8, dtype=torch.int32)
+    dense = meta(2 * width, d), meta(d, width)
+    args = (meta(tokens, d), *weights, *chosen, *dense, None)
+    small = sampled.Case("moe_experts_int4", "small", args, full=True)
+    monkeypatch.setattr(sampled, "_SAMPLES", {"_gate_up_": 1 << 20, "_down_": 1 << 20})
+    launched = sampled.executed(small, sampled.arguments_of(small), backend, RATES["A100"])
+    assert len(launched) == 4
+    for product in launched[1:3]:
+        (chosen, count), (shared, number) = product.parts
+        assert (chosen.ctas, shared.ctas) == (count, number)
 
 
 def test_every_op_has_cases_and_one_of_them_is_ordinary():

@@ -21,11 +21,11 @@ from kimi_ops.bench.ceilings import Ceilings
 from kimi_ops.bench.clock import clock_of
 from kimi_ops.bench.measure import Bench, Effort, threads
 from kimi_ops.bench.modelled import modelled_rows, print_modelled
-from kimi_ops.bench.page import page
+from kimi_ops.bench.page import page, readme_plot
 from kimi_ops.bench.peers import peers
 from kimi_ops.bench.record import WRONG, Row, Run, read_json
 from kimi_ops.bench.step import print_steps, step_rows
-from kimi_ops.bench.table import compared, terminal
+from kimi_ops.bench.table import compared, markdown, terminal
 from kimi_ops.model.errors import KimiError
 from kimi_ops.testing.cost import RATES
 
@@ -74,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
     if out is not None:
         found.write_json(out / "bench.json")
         found.write_csv(out / "bench.csv")
+        (out / "bench.md").write_text(markdown(found))
         (out / "bench.html").write_text(page(found))
-        print(f"written: {out / 'bench.json'}, bench.csv, bench.html")
+        (out / "ratios.svg").write_text(readme_plot(found))
+        print(f"written: bench.json, bench.csv, bench.md, bench.html, ratios.svg in {out}")
     agree = True
     if old is not None:
         text, agree = compared(old, found)

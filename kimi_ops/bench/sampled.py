@@ -6,7 +6,9 @@ some CTAs run in the emulator:
 
 - at random places, one in each of as many equal parts of the grid;
 - of packed attention the tiles in the middle, which are as long as the average one, of one head;
-- of products with experts' weights those that have tokens (the others end after one load).
+- of products with experts' weights those that have tokens (the others end after one load), and
+  beside them some of the shared expert's, which add to the work and do not wait for them;
+- of small grids whose CTAs wait for each other, or write what the next launch is steered by, all.
 
 What an earlier launch of the same call took is in L2 for the next; everything else comes from DRAM,
 once. Routing is even and random (`kimi_ops.bench.step_calls.routing`). Values are random, but
@@ -48,9 +50,8 @@ from kimi_ops.testing.static.triton_kernel import triton_module
 _UNCHECKED = Checks(False, False, False, False)  # tests check the kernels; counts are the same
 _STEP_LIMIT = 50_000_000
 _BATCH_THREADS = 8192
-# Kernel -> CTAs that are executed; of others `_CTAS`. The router's one-launch forms and what sorts
-# the experts' tokens run whole: others read all that they write, or wait for it.
-_SAMPLES = {"experts_int4_prepare": 1 << 20, "mla_decode_split": 4, "_gate_up_": 12, "_down_": 12}
+# Kernel -> CTAs that are executed; of others `_CTAS`.
+_SAMPLES = {"mla_decode_split": 4, "_gate_up_": 12, "_down_": 12}
 _CTAS = 8
 _IDLE = 1 / 30  # of the longest CTA's instructions: what ends after one load has fewer
 _ALIGNMENT = 256  # bytes, of an allocation on a GPU
@@ -230,6 +231,7 @@ class _Sampler:
 
     Attributes:
         ids: of experts, where the call has any.
+        experts: whose weights the call has.
         whole: whether every CTA of every grid runs.
         due: storage -> bytes of it that DRAM has yet to move.
         warm: storages that are in L2.
@@ -237,6 +239,7 @@ class _Sampler:
     """
 
     ids: Tensor | None
+    experts: int
     whole: bool
     due: dict[int, float]
     warm: set[int] = field(default_factory=set)
@@ -255,6 +258,10 @@ class _Sampler:
             shared, chosen, used = _expert_ctas(self.launched[-1], name, grid, self.ids)
             some = _some(chosen, -(-wanted * len(chosen) // used))
             return [(some, used), (_some(shared, wanted // 4), len(shared))]
+        if "experts_int4_prepare" in name:  # a program for each expert, then those of the tokens
+            numbers = np.arange(count)
+            lists, tokens = numbers[: self.experts], numbers[self.experts :]
+            return [(lists, len(lists)), (_some(tokens, wanted), len(tokens))]
         return [(_some(np.arange(count), count if self.whole else wanted), count)]
 
     def launch(
@@ -274,6 +281,8 @@ class _Sampler:
                     if isinstance(a, Tensor)}  # fmt: skip
         launched = self.launched[-1]
         for numbers, count in self._places(kernel.name, sizes[0]):
+            if not count:
+                continue
             launch = Launch(
                 kernel.text, *sizes, dynamic_shared_bytes, _UNCHECKED, None, _STEP_LIMIT, fuse=True
             )
@@ -283,7 +292,7 @@ class _Sampler:
                 if kind == "argument" and storages[int(position)] in self.warm:
                     buffer.touched[:] = True
             report = _executed(kernel, launch, numbers)
-            if self.ids is not None and count < math.prod(grid):
+            if "_gate_up_" in kernel.name or "_down_" in kernel.name:
                 _leave_out_idle(report)
             launched.parts.append((report, count))
         launched.dram_bytes = sum(self.due.pop(key, 0.0) for key in storages.values())
@@ -348,7 +357,9 @@ def executed(case: Case, args: tuple[Any, ...], backend: str, rates: Rates) -> l
             key = tensor.untyped_storage().data_ptr()
             due[key] = due.get(key, 0.0) + size / len(tensors)
     routes = case.op in ("moe_route", "moe_route_sort")
-    sampler = _Sampler(named.get("ids"), routes and len(named["x"]) <= _WHOLE, due)
+    experts = len(named["down_packed"]) if "down_packed" in named else 0
+    whole = routes and len(named["x"]) <= _WHOLE
+    sampler = _Sampler(named.get("ids"), experts, whole, due)
     module = importlib.import_module(f"kimi_ops.{'kernels' if backend == 'triton' else backend}."
                                      f"{case.op}")  # fmt: skip
     with targeting(gpu), emulated(arch=gpu.capability, checks=_UNCHECKED):
