@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kimi_ops._backends import GPU_BACKENDS, has_kernel
@@ -199,12 +200,12 @@ def print_modelled(rows: Iterable[dict[str, Any]], console: Console | None = Non
     if reasons:
         table = Table("why", "what", title=f"Not modelled ({LABEL})", title_justify="left")
         for reason, found in reasons.items():
-            table.add_row(reason, ", ".join(found))
+            table.add_row(escape(reason), ", ".join(found))
         console.print(table)
     notes = dict.fromkeys(f"{row['device']}: {note}" for row in rows for kernel in row["kernels"]
                           for note in kernel["notes"])  # fmt: skip
     for note in (*notes, *floor_notes(row["device"] for row in rows)):
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False)
 
 
 def sources_table(devices: Sequence[str] | None = None) -> Table:
@@ -223,11 +224,11 @@ def sources_table(devices: Sequence[str] | None = None) -> Table:
         for rate, figure in rates.figures().items():
             unit = _UNITS.get(rate, "clocks" if rate.endswith("latency") else "lanes/clock and SM")
             value = f"{figure.value:,.4g}"
-            table.add_row(rates.name, rate, value, unit, figure.kind, figure.source)
+            table.add_row(rates.name, rate, value, unit, figure.kind, escape(figure.source))
         for kind, figure in rates.tensor.items():
             unit = "multiply-adds/clock and SM"
             value = f"{figure.value:,.4g}"
-            table.add_row(rates.name, kind, value, unit, figure.kind, figure.source)
+            table.add_row(rates.name, kind, value, unit, figure.kind, escape(figure.source))
         if not rates.tensor:
             table.add_row(rates.name, "tensor cores", "-", "", "none published", "")
         table.add_section()
