@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if "measured" in sections:
         for row in _measured(args, device, chosen, backends, found):
             found.rows.append(row)
+            if out is not None:  # so that nothing is lost if the run ends before its end
+                found.write_json(out / "bench.json")
         console.print(terminal(found))
     if "modelled" in sections:
         for modelled in modelled_rows(ops, list(RATES), full=args.full):

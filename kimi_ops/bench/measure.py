@@ -8,6 +8,7 @@ together exceed the caches, so that each finds its own cold, as between the laye
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -197,6 +198,8 @@ class Bench:
                 raise
             reason = f"not enough memory: {' '.join(str(error).split())}"
             return [replace(plain, contestant=self._name(self.backends[0]), reason=reason)]
+        finally:
+            gc.collect()  # copies of weights, and processes, of peers
 
     @property
     def _threads(self) -> int:

@@ -93,8 +93,10 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def write_json(self, path: Path) -> None:
-        """Everything."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        """Everything; a file of that name is replaced at once or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        partial.replace(path)
 
     def write_csv(self, path: Path) -> None:
         """The measured rows, with what follows from them."""

@@ -14,7 +14,7 @@ from kimi_ops.bench.memory import available_bytes
 from kimi_ops.bench.peers import Declined, Prepared
 from kimi_ops.quant.int4 import dequantize
 
-SHARE_OF_MEMORY = 0.75  # of what is free, for a peer's own copy of weights
+SHARE_OF_MEMORY = 0.5  # of what is free, for a peer's own copy of weights
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def check_copy(
     limit = SHARE_OF_MEMORY * available_bytes(device or torch.device("cpu"))
     if count * each_bytes > limit:
         text = f"{what} would take {count * each_bytes / 2**30:.1f} GiB"
-        raise Declined(f"{text}, the limit is {limit / 2**30:.1f} GiB: 75 % of what is free")
+        raise Declined(f"{text}, the limit is {limit / 2**30:.1f} GiB: half of what is free")
 
 
 def wide_experts(calls: Sequence[Args]) -> tuple[list[int], Tensor, Tensor]:

@@ -1,0 +1,43 @@
+"""What the README quotes of benchmarks is what the results in the repository say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kimi_ops.bench.page import page, readme_plot
+from kimi_ops.bench.record import MEASURED, WRONG, read_json
+from kimi_ops.bench.table import markdown
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+RUNS = sorted(RESULTS.glob("*/bench.json"))
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+def test_files_of_a_run_belong_together(path):
+    run = read_json(path)
+    assert run.command.startswith("kimi-ops bench")
+    assert run.machine["commit"].startswith("commit ")
+    assert any(row.status == MEASURED for row in run.rows)
+    assert not any(row.status == WRONG and row.ours for row in run.rows)
+    assert (path.parent / "bench.md").read_text() == markdown(run)
+    assert (path.parent / "ratios.svg").read_text() == readme_plot(run)
+    assert len((path.parent / "bench.csv").read_text().splitlines()) == 1 + len(run.rows)
+    assert (path.parent / "bench.html").read_text() == page(run)
+
+
+def test_the_readme_quotes_one_run():
+    (plot,) = re.findall(r"\]\((bench/results/[^)]*)/ratios\.svg\)", README)
+    run = read_json(ROOT / plot / "bench.json")
+    known = markdown(run).splitlines()
+    section = README.partition("## Benchmarks")[2].partition("\n## ")[0]
+    quoted = [line for line in section.splitlines() if line.startswith("| `")]
+    assert len(quoted) >= 8
+    assert all(line in known for line in quoted)
+    assert run.command in section
+    assert run.machine["name"] in section
+    assert run.machine["commit"].removeprefix("commit ").split()[0] in section
