@@ -28,7 +28,9 @@ def _of_environment() -> bool:
 def is_batch_invariant() -> bool:
     """Whether results must not depend on the rest of the batch."""
     mode = _MODE.get()
-    return _of_environment() if mode is None else mode
+    if mode is None:
+        mode = _ENVIRONMENT[0] if _ENVIRONMENT else _of_environment()
+    return mode
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from kimi_ops import _autograd
 from kimi_ops._backends import (
     AUTOMATIC_ORDER,
     AUTOMATIC_ORDER_OF_OP,
@@ -36,6 +37,11 @@ from kimi_ops._target import too_old
 
 _LIBRARY = torch.library.Library("kimi_ops", "DEF")
 _OPS: dict[str, Op] = {}
+_DEVICE_TYPES: dict[torch.device, str] = {}  # torch builds a new string at every `device.type`
+
+
+def _device_type(device: torch.device) -> str:
+    return _DEVICE_TYPES.setdefault(device, device.type)
 
 
 class BackendError(RuntimeError):
@@ -71,6 +77,8 @@ class Op:
             _LIBRARY.impl(self.name, self._run, key)
         torch.library.register_fake(f"kimi_ops::{self.name}", self._fake, lib=_LIBRARY)
         self.overload = getattr(torch.ops.kimi_ops, self.name).default
+        at_autograd = _autograd.kernel(self, self._run)
+        _LIBRARY.impl(self.name, at_autograd, "Autograd", with_keyset=True)
 
     def _complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with the trailing defaults that torch leaves out put back."""
@@ -89,8 +97,6 @@ class Op:
     def _fake(self, *args: Any) -> Any:
         args = self._complete(args)
         self.checks.run(*args)
-        if torch.is_grad_enabled():
-            self._refuse_gradients(args)
         return self.outputs(*args)
 
     def _run(self, *args: Any) -> Any:
@@ -98,10 +104,8 @@ class Op:
         if len(args) != self._arity:
             args = self._complete(args)
         self._check(*args)
-        if torch.is_grad_enabled():
-            self._refuse_gradients(args)
         place = args[self._device_arg].device
-        device = place.type
+        device = _DEVICE_TYPES.get(place) or _device_type(place)
         if torch.is_autocast_enabled(device):
             # The contract's dtypes hold inside autocast too: a float32 router stays one.
             with torch.autocast(device, enabled=False):
@@ -112,21 +116,12 @@ class Op:
                 return self._run(*args)
         choice = _CHOICE.get()
         if choice is None:
-            choice = _environment_choice()
+            choice = _ENVIRONMENT[0] if _ENVIRONMENT else _environment_choice()
         name = self._chosen_name(choice) if choice else None
         backend = self._explicit(name, args) if name else self._automatically(device, args)
         outputs = self.outputs(*args)
         backend.launch(outputs, *args)
         return outputs
-
-    def _refuse_gradients(self, args: tuple[Any, ...]) -> None:
-        """No op has a backward: a missing or silently wrong gradient becomes an error."""
-        for name, arg in zip(self.params, args, strict=True):
-            if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                raise RuntimeError(
-                    f"{self.name}: {name} requires grad, but the op has no backward; "
-                    "call it under torch.no_grad() or torch.inference_mode()"
-                )
 
     def _chosen_name(self, choice: Mapping[str, str]) -> str | None:
         """The backend that an explicit choice names for this op, if any."""

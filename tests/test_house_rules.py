@@ -19,7 +19,12 @@ OPS = kimi_ops.op_names()
 # Layers that have a file for every op, and layers that may have one.
 COMPLETE = {"kimi_ops/ops": ".py", "kimi_ops/reference": ".py", "tests": ".py", "bench": ".py"}
 PREFIX = {"tests": "test_", "bench": "bench_"}
-PARTIAL = {"kernels": ".py", "kimi_ops/cpu": ".py", "kimi_ops/cuda": ".py"}
+PARTIAL = {
+    "kernels": ".py",
+    "kimi_ops/cpu": ".py",
+    "kimi_ops/cuda": ".py",
+    "kimi_ops/autograd": ".py",
+}
 LAUNCHERS = {"csrc/cpu": (".cpp", "kimi_ops/cpu"), "csrc/cuda": (".cu", "kimi_ops/cuda")}
 
 
@@ -47,7 +52,7 @@ def test_every_op_is_in_every_complete_layer(folder):
 
 
 @pytest.mark.parametrize("folder", PARTIAL)
-def test_no_file_of_a_backend_is_without_an_op(folder):
+def test_no_file_of_a_backend_or_gradient_is_without_an_op(folder):
     assert _stems(folder, PARTIAL[folder]) <= set(OPS)
 
 
@@ -107,7 +112,9 @@ def test_imports_point_one_way():
         if top in LAYERS:
             forbidden = {"model", "ops", *LAYERS} - {top}
         elif top == "ops":
-            forbidden = {"model", *LAYERS}
+            forbidden = {"model", "autograd", *LAYERS}
+        elif top == "autograd":  # plain torch, on the helpers of the reference
+            forbidden = {"model", "ops", *LAYERS} - {"reference"}
         elif top == "quant":
             forbidden = {"model", "ops"}
         else:
@@ -208,6 +215,8 @@ def _public_functions():
                         continue
                     if item.name in ("unsupported", "launch") and relative.split("/")[1] in LAYERS:
                         continue  # of every backend; `kimi_ops/_backends.py` documents them
+                    if item.name in ("save", "backward") and "/autograd/" in relative:
+                        continue  # of every gradient; `kimi_ops/_autograd.py` documents them
                     yield relative, item
 
 

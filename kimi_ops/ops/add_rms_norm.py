@@ -43,6 +43,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Raises:
         ValueError, TypeError: a shape, dtype, device or ``eps`` other than stated.
 
+    Gradients: to ``x``, ``residual`` and ``weight``, from both results.
+
     Source: the pre-norm block of Kimi K2.5 (DeepSeek-V3 family).
     """
     y, h = _op(x, residual, weight, eps)

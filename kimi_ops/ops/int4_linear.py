@@ -41,6 +41,8 @@ def int4_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
         ValueError, TypeError: a shape, dtype or device other than stated, or K that is not a
             multiple of 32.
 
+    Gradients: to ``x``; the int4 weights are frozen.
+
     Source: compressed-tensors ``pack-quantized``, as in the Kimi K2.5 checkpoint.
     """
     y: Tensor = _op(x, packed, scale)

@@ -44,6 +44,8 @@ def merge_attention(
     Raises:
         ValueError, TypeError: a shape, dtype or device other than stated.
 
+    Gradients: to all four arguments, from both results.
+
     Source: FlashAttention-2, arXiv 2307.08691; used for chunked prefill over a cached prefix.
     """
     out, lse = _op(out_a, lse_a, out_b, lse_b)

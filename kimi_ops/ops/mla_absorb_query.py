@@ -43,6 +43,8 @@ def mla_absorb_query(q: Tensor, w_uk: Tensor, positions: Tensor, inv_freq: Tenso
     Raises:
         ValueError, TypeError: a shape, dtype or device other than stated.
 
+    Gradients: none; an argument that requires grad is an error.
+
     Source: DeepSeek-V2, arXiv 2405.04434 section 2.1 (absorbed form).
     """
     q_latent: Tensor = _op(q, w_uk, positions, inv_freq)

@@ -78,6 +78,8 @@ def mla_decode(
     Raises:
         ValueError, TypeError: a shape, dtype, device or page size other than stated.
 
+    Gradients: none; an argument that requires grad is an error.
+
     Source: DeepSeek-V2, arXiv 2405.04434 section 2.1 (absorbed form).
     """
     out, lse = _op(q_latent, kv_cache, page_table, seq_lens, scale, kv_lora_rank)

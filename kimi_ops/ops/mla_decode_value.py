@@ -74,6 +74,8 @@ def mla_decode_value(
     Raises:
         ValueError, TypeError: a shape, dtype, device or page size other than stated.
 
+    Gradients: none; an argument that requires grad is an error.
+
     Source: DeepSeek-V2, arXiv 2405.04434 section 2.1 (absorbed form).
     """
     value: Tensor = _op(q_latent, kv_cache, page_table, seq_lens, w_uv, scale, kv_lora_rank)

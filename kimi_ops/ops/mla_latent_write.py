@@ -76,6 +76,8 @@ def mla_latent_write(
     Raises:
         ValueError, TypeError: a shape, dtype, device, page size or ``eps`` other than stated.
 
+    Gradients: none; an argument that requires grad is an error.
+
     Source: DeepSeek-V2, arXiv 2405.04434 section 2.1; YaRN, arXiv 2309.00071, for ``inv_freq``.
     """
     q_a: Tensor = _op(

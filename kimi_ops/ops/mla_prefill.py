@@ -81,6 +81,8 @@ def mla_prefill(
     Raises:
         ValueError, TypeError: a shape, dtype or device other than stated.
 
+    Gradients: to ``q``, ``k`` and ``v``, from both results; memory linear in the tokens.
+
     Source: DeepSeek-V2, arXiv 2405.04434 section 2.1; FlashAttention-2, arXiv 2307.08691.
     """
     out, lse = _op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)

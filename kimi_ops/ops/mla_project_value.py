@@ -33,6 +33,8 @@ def mla_project_value(out: Tensor, w_uv: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: a shape, dtype or device other than stated.
 
+    Gradients: none; an argument that requires grad is an error.
+
     Source: DeepSeek-V2, arXiv 2405.04434 section 2.1 (absorbed form).
     """
     value: Tensor = _op(out, w_uv)

@@ -92,6 +92,8 @@ def moe_experts_int4(
         ValueError, TypeError: a shape, dtype or device other than stated, or D or F that is not a
             multiple of 32.
 
+    Gradients: to ``x``, ``weights`` and the shared expert; the int4 experts are frozen.
+
     Source: DeepSeek-V3, arXiv 2412.19437 section 2.1.2; compressed-tensors ``pack-quantized``.
     """
     y: Tensor = _op(

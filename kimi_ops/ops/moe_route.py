@@ -77,6 +77,8 @@ def moe_route(
     Raises:
         ValueError, TypeError: a shape, dtype, device or number other than stated.
 
+    Gradients: to ``x`` and ``gate_weight`` through ``weights``; the selection is a constant.
+
     Source: DeepSeek-V3, arXiv 2412.19437 section 2.1.2 (auxiliary-loss-free balancing).
     """
     weights, ids = _op(x, gate_weight, bias, top_k, n_group, topk_group, scale, normalize)

@@ -83,6 +83,8 @@ def moe_route_sort(
     Raises:
         ValueError, TypeError: a shape, dtype, device, number or range other than stated.
 
+    Gradients: none; an argument that requires grad is an error.
+
     Source: DeepSeek-V3, arXiv 2412.19437 section 2.1.2; the grouped-GEMM bookkeeping of every MoE
     engine.
     """

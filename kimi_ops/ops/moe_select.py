@@ -73,6 +73,8 @@ def moe_select(
     Raises:
         ValueError, TypeError: a shape, dtype, device or number other than stated.
 
+    Gradients: none; an argument that requires grad is an error.
+
     Source: DeepSeek-V3, arXiv 2412.19437 section 2.1.2 (auxiliary-loss-free balancing).
     """
     weights, ids = _op(logits, bias, top_k, n_group, topk_group, scale, normalize)

@@ -52,6 +52,8 @@ def moe_sort(
     Raises:
         ValueError, TypeError: a shape, dtype or range other than stated.
 
+    Gradients: none.
+
     Source: the grouped-GEMM bookkeeping of every MoE engine; no published definition.
     """
     order, offsets = _op(ids, num_experts, expert_range)

@@ -72,6 +72,8 @@ def patch_merge(
     Raises:
         ValueError, TypeError: a shape, dtype, device or number other than stated.
 
+    Gradients: to ``x`` and the four parameters of the norms.
+
     Source: MoonViT-3D and the patch merger in the Kimi K2.5 report, arXiv 2602.02276.
     """
     y: Tensor = _op(

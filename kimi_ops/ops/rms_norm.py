@@ -33,6 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ValueError, TypeError: a shape, dtype, device or ``eps`` other than stated.
 
+    Gradients: to ``x`` and ``weight``.
+
     Source: Zhang and Sennrich, arXiv 1910.07467; `input_layernorm` and its like in Kimi K2.5.
     """
     y: Tensor = _op(x, weight, eps)

@@ -32,6 +32,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: an odd last dimension, no dimension at all, or another dtype.
 
+    Gradients: to ``gate_up``.
+
     Source: Shazeer, arXiv 2002.05202; the MLP and the experts of Kimi K2.5.
     """
     y: Tensor = _op(gate_up)

@@ -49,6 +49,8 @@ def vision_attention(
     Raises:
         ValueError, TypeError: a shape, dtype or device other than stated.
 
+    Gradients: to ``q``, ``k`` and ``v``; memory linear in the tokens.
+
     Source: FlashAttention-2, arXiv 2307.08691; MoonViT-3D in arXiv 2602.02276.
     """
     out: Tensor = _op(q, k, v, cu_seqlens, max_seqlen, scale)

@@ -47,6 +47,8 @@ def vision_pos_embed(x: Tensor, table: Tensor, grid_thws: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: a shape, dtype or device other than stated.
 
+    Gradients: to ``x`` and ``table``.
+
     Source: Keys, IEEE TASSP 29 (1981); MoonViT-3D in the Kimi K2.5 report, arXiv 2602.02276.
     """
     y: Tensor = _op(x, table, grid_thws)

@@ -38,6 +38,8 @@ def vision_rope(qkv: Tensor, grid_thws: Tensor) -> None:
     Raises:
         ValueError, TypeError: a shape, dtype or device other than stated.
 
+    Gradients: to ``qkv``, as of any in-place operation of torch.
+
     Source: RoFormer, arXiv 2104.09864, in two dimensions; MoonViT, arXiv 2504.07491.
     """
     _op(qkv, grid_thws)

@@ -19,6 +19,8 @@ All functions accept any leading dimensions (``[E, N, K]`` for stacked experts).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,6 +103,14 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
     return _dequantize(packed, scale, dtype)
 
 
+def _round(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``q [..., K/32, 32]``, whole numbers in the dtype of ``weight``, ``scale [..., K/32]``."""
+    groups = weight.unflatten(-1, (-1, GROUP_SIZE))
+    scale = groups.abs().amax(-1) / 7.5
+    scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
+    return (groups / scale[..., None]).clamp(-8, 7).round(), scale
+
+
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds weights to the format; equal, bit for bit, to compressed-tensors' minmax observer.
 
@@ -121,8 +131,46 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     _last_dim("weight", weight)
     if not bool(weight.isfinite().all()):
         raise ValueError("int4: weight holds values that are not finite")
-    groups = weight.unflatten(-1, (-1, GROUP_SIZE))
-    scale = groups.abs().amax(-1) / 7.5
-    scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
-    q = (groups / scale[..., None]).clamp(-8, 7).round()
+    q, scale = _round(weight)
     return pack(q.to(torch.int8).flatten(-2)), scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounded forward; backward as if nothing had been done."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        q, scale = _round(weight)
+        return (q * scale[..., None]).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def fake_quantize(weight: Tensor) -> Tensor:
+    """The weights as the format would give them back, for quantisation-aware training.
+
+    Equal, bit for bit, to ``dequantize(*quantize(weight), weight.dtype)``. The gradient goes
+    straight through: that of the result is that of ``weight``, as if nothing had been rounded.
+    The scales have the dtype of ``weight``; a checkpoint in the released format has bfloat16 ones,
+    so master weights in float32 are trained as ``fake_quantize(weight.bfloat16())``.
+
+    Args:
+        weight: ``[..., N, K]`` bfloat16, float16 or float32. Nothing waits for a device, so a
+            value that is not finite is no error here: its group of 32 becomes NaN.
+
+    Returns:
+        ``[..., N, K]`` contiguous, dtype of ``weight``.
+
+    Raises:
+        ValueError: K is not a multiple of 32.
+        TypeError: another dtype than stated.
+
+    Source: Bengio et al., arXiv 1308.3432 (the straight-through estimator); Kimi K2.5's experts.
+    """
+    _dtype("weight", weight, torch.bfloat16, torch.float16, torch.float32)
+    _last_dim("weight", weight)
+    straight_through: Any = _StraightThrough.apply
+    rounded: Tensor = straight_through(weight)
+    return rounded

@@ -9,14 +9,12 @@ from kimi_ops.reference import runs_anything as unsupported
 from kimi_ops.reference import widen
 from kimi_ops.reference._grid import locate
 
-__all__ = ["launch", "unsupported", "vision_pos_embed"]
+__all__ = ["launch", "taps", "unsupported", "vision_pos_embed"]
 
 _A = -0.75  # of the cubic convolution; torch's and the model's choice
 
 
-def _taps(
-    index: Tensor, size: Tensor, table_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def taps(index: Tensor, size: Tensor, table_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Table indices and weights, both ``[L, 4]``, that resample ``table_size`` to ``size``."""
     source = (index.to(dtype) + 0.5) * (table_size / size.to(dtype)) - 0.5
     base = source.floor()
@@ -30,8 +28,8 @@ def _taps(
 def vision_pos_embed(x: Tensor, table: Tensor, grid_thws: Tensor) -> Tensor:
     place = locate(grid_thws, len(x))
     wide = widen(table)
-    rows, row_weights = _taps(place.row, place.h, table.shape[0], wide.dtype)
-    columns, column_weights = _taps(place.column, place.w, table.shape[1], wide.dtype)
+    rows, row_weights = taps(place.row, place.h, table.shape[0], wide.dtype)
+    columns, column_weights = taps(place.column, place.w, table.shape[1], wide.dtype)
     position = torch.zeros_like(x, dtype=wide.dtype)
     for i in range(4):
         for j in range(4):
