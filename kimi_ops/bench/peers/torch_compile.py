@@ -25,7 +25,7 @@ from kimi_ops.bench.peers._experts import made_once, silu_mul
 NAME = "torch.compile"
 WRITTEN_AGAINST = "torch 2.13.0"
 DEVICES = ("cpu", "cuda")
-# Its code runs on the system's OpenMP and not on torch's, with threads that spin on after a call: the
+# Its code runs on the system's OpenMP, not on torch's. Threads of that spin on after a call: the
 # next contestant has a core less and waits up to 8 ms.
 REST_S = 0.02
 _SIZES = 4096  # that one chain may be compiled for in a process; torch's own limit is 8
