@@ -18,7 +18,7 @@ from kimi_ops.bench.memory import cache_bytes
 from kimi_ops.doctor import processor
 from kimi_ops.testing.checkout import commit_of
 
-_FOLDERS = ("kimi_ops", "kernels", "csrc", "bench")
+_FOLDERS = ("kimi_ops", "kernels", "csrc", "bench", ":(exclude)bench/results")
 _PACKAGES = ("torch", "triton", "transformers", "kt-kernel", "llama-cpp-python", "flash-mla",
              "flashinfer-python", "vllm", "sgl-kernel")  # fmt: skip
 
