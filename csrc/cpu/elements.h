@@ -38,6 +38,17 @@ struct fp16 {
 
 inline F splat(float x) { return x - F{}; }
 
+#if defined(__FMA__)
+// a * b + c, rounded once; written out, since without -O2 GCC joins no product with its sum.
+inline F multiply_add(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+}
+#endif
+
 inline F load(const float* p) {
   F x;
   std::memcpy(&x, p, sizeof x);

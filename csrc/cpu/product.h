@@ -128,15 +128,25 @@ inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a
 inline constexpr int kRows = W == 16 ? 12 : 6;  // of sums in registers, 2 W wide
 
 // sums[R][2] += a[R][k] b[k][2 W], from one step of the depth on to the next. Without fused
-// multiply-adds in float64: each of them would be rounded twice, more often than torch does.
+// multiply-adds in float64: each product would be rounded too, more often than torch does.
+#if defined(__FMA__)
 template <int R>
 inline void multiply_rows(F (&sums)[R][2], const float* a, int64_t stride_a, const float* panel,
                           int64_t k) {
-#if defined(__FMA__)
-  using Wide = F;
+  for (int64_t i = 0; i < k; ++i) {
+    const F b0 = load(panel + i * kPanel), b1 = load(panel + i * kPanel + W);
+    for (int r = 0; r < R; ++r) {
+      const F x = splat(a[r * stride_a + i]);
+      sums[r][0] = multiply_add(x, b0, sums[r][0]);
+      sums[r][1] = multiply_add(x, b1, sums[r][1]);
+    }
+  }
+}
 #else
+template <int R>
+inline void multiply_rows(F (&sums)[R][2], const float* a, int64_t stride_a, const float* panel,
+                          int64_t k) {
   typedef double Wide __attribute__((vector_size(8 * W)));
-#endif
   Wide wide[R][2] = {};
   for (int64_t i = 0; i < k; ++i) {
     const Wide b0 = __builtin_convertvector(load(panel + i * kPanel), Wide);
@@ -151,6 +161,7 @@ inline void multiply_rows(F (&sums)[R][2], const float* a, int64_t stride_a, con
     for (int j = 0; j < 2; ++j) sums[r][j] += __builtin_convertvector(wide[r][j], F);
   }
 }
+#endif
 
 template <int R>
 inline void multiply_rows(F (&sums)[R][2], const bf16* a, int64_t stride_a, const bf16* panel,
