@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 venv: $(STAMP)
 
 # torch first and by its exact pin: elsewhere a looser one would bring gigabytes of CUDA packages.
-$(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*/*.cpp)
+$(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.cpp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 triton==3.7.1
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
