@@ -32,11 +32,20 @@ struct Plan {
   std::vector<int64_t> groups;  // first segment of each, and the end
 };
 
+// The path that all tokens take where a token's result must not depend on how many there are;
+// either gives a token the same bits whatever stands beside it. With tiles a panel is cheap even
+// for one token, without them it costs ten times the other path there.
+#if defined(__AMX_BF16__)
+inline constexpr bool kOnePathIsMany = true;
+#else
+inline constexpr bool kOnePathIsMany = false;
+#endif
+
 // Segments of one expert's slots first .. first + count.
 inline void add_segments(Plan& plan, int64_t expert, int64_t first, int64_t count, int64_t width,
                          bool one_path) {
   constexpr int64_t kMost = 32 * kPanel;  // slots of a segment: bounds its workspace
-  const bool many = one_path || count > kFewTokens;
+  const bool many = one_path ? kOnePathIsMany : count > kFewTokens;
   for (int64_t at = 0; at < count; at += kMost) {
     plan.segments.push_back({expert, first + at, std::min(kMost, count - at), many, width});
   }
