@@ -16,7 +16,7 @@ from kimi_ops.bench import BenchCase, Maker, Work, oracle
 from kimi_ops.bench.case import cases_of
 from kimi_ops.bench.ceilings import Ceilings
 from kimi_ops.bench.clock import CpuClock
-from kimi_ops.bench.measure import Bench, Effort, TooLarge, rotation
+from kimi_ops.bench.measure import Bench, Effort, TooLarge, bytes_of, rotation
 from kimi_ops.bench.peers import Declined
 from kimi_ops.bench.record import MEASURED, SKIPPED, WRONG, Row, Run, read_json
 from kimi_ops.cli import main
@@ -59,6 +59,14 @@ def test_calls_share_weights_and_nothing_else():
     (x, weight, _), (y, same, _) = next(endless), next(endless)
     assert weight is same
     assert not torch.equal(x, y)
+
+
+def test_shared_memory_counts_once():
+    x, weight = torch.ones(8, 64), torch.ones(64)
+    calls = [(x + 0, weight, 1e-5) for _ in range(50)]
+    assert bytes_of(calls) == 50 * x.nbytes + weight.nbytes
+    assert bytes_of([(x[:4], x[4:])]) == x.nbytes
+    assert bytes_of([(x.to("meta"), weight.to("meta"))]) == x.nbytes + weight.nbytes
 
 
 def test_rotation_exceeds_the_cache_and_refuses_what_does_not_fit(monkeypatch):

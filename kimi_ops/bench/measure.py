@@ -64,15 +64,12 @@ class _Contestant:
     calls: int
 
 
-def _bytes_of(calls: Sequence[Args]) -> int:
-    storages = {
-        id(storage): storage.nbytes()
-        for call in calls
-        for arg in call
-        if isinstance(arg, Tensor)
-        for storage in [arg.untyped_storage()]
-    }
-    return sum(storages.values())
+def bytes_of(calls: Sequence[Args]) -> int:
+    """Of all tensors; a storage that several of them share counts once."""
+    tensors = (arg for call in calls for arg in call if isinstance(arg, Tensor))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    # Python's object is made anew at every call: torch's own tells storages apart.
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def rotation(case: BenchCase, device: torch.device) -> list[Args]:
@@ -82,7 +79,7 @@ def rotation(case: BenchCase, device: torch.device) -> list[Args]:
         TooLarge: it wants more memory than the device has free.
     """
     free = available_bytes(device)
-    wanted = _bytes_of([next(case.calls(Maker("meta")))])
+    wanted = bytes_of([next(case.calls(Maker("meta")))])
     if wanted > _SHARE_OF_MEMORY * free:
         raise TooLarge(f"wants {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
     endless = case.calls(Maker(device))
@@ -92,9 +89,10 @@ def rotation(case: BenchCase, device: torch.device) -> list[Args]:
     number = min(max(least, -int(-2 * cache_bytes(device) // max(touched, 1))), most)
     calls = [first]
     for call in islice(endless, number - 1):
+        before = bytes_of(calls)
         calls.append(call)
-        fresh = _bytes_of(calls) / len(calls)
-        if len(calls) >= least and _bytes_of(calls) + fresh > _SHARE_OF_MEMORY * free:
+        now = bytes_of(calls)
+        if len(calls) >= least and now + (now - before) > _SHARE_OF_MEMORY * free:
             break
     return calls
 
