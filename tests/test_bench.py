@@ -15,7 +15,7 @@ from kimi_ops._dispatch import get_op
 from kimi_ops.bench import BenchCase, Maker, Work, oracle
 from kimi_ops.bench.case import cases_of
 from kimi_ops.bench.ceilings import Ceilings
-from kimi_ops.bench.clock import CpuClock
+from kimi_ops.bench.clock import CpuClock, Timed
 from kimi_ops.bench.measure import Bench, Effort, TooLarge, bytes_of, rotation
 from kimi_ops.bench.peers import Declined
 from kimi_ops.bench.record import MEASURED, SKIPPED, WRONG, Row, Run, read_json
@@ -100,7 +100,7 @@ class _Still:
 
     def sampler(self, call, rotation):
         call(0)
-        return lambda: 1e-3, 1
+        return Timed(lambda: 1e-3, 1, "a clock that stands still")
 
 
 def _bench(peers=(), backends=("reference",)):
@@ -131,6 +131,7 @@ def test_rows_have_ours_first_and_what_follows_from_times():
     assert ours.us == peer.us == 1000
     assert ours.ratio == peer.ratio == 1
     assert (ours.samples, ours.calls, ours.ceiling) == (5, 1, "copy")
+    assert ours.how == peer.how == "a clock that stands still"
     assert ours.gbps == pytest.approx((2 * 1024 + 128) / 1e3 / 1e3)
     # The probe takes a millisecond for its 8,192 bytes.
     assert ours.ceiling_us == pytest.approx(1000 * (2 * 1024 + 128) / 8192)
@@ -183,7 +184,8 @@ def test_a_case_beyond_memory_is_skipped_with_its_size(monkeypatch):
 
 def test_the_cpu_clock_counts_calls_and_rotates():
     seen = []
-    sample, calls = CpuClock().sampler(seen.append, 3)
+    sample, calls, how = CpuClock().sampler(seen.append, 3)
+    assert how == "wall clock"
     assert seen == [0, 1]
     assert 10 <= calls <= 1000
     assert 0 < sample() < 1e-3

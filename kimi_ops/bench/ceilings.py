@@ -60,7 +60,7 @@ class Ceilings:
         if name not in self._probes:
             made = self._product(name) if name.endswith("product") else self._memory(name)
             self._probes[name] = made
-            sample, _ = self.clock.sampler(made.call, 1)
+            sample = self.clock.sampler(made.call, 1).sample
             self.rates[name] = made.amount / sorted(sample() for _ in range(5))[2]
         return self._probes[name]
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,17 +20,31 @@ _LEAST_S = 1e-3  # a sample is at least so long
 _MOST_CALLS = 1000
 
 
+class Timed(NamedTuple):
+    """A warmed-up sampler.
+
+    Attributes:
+        sample: makes the next calls and gives the seconds of one.
+        calls: in a sample.
+        how: "wall clock", "graph", or "launches" (of the host, one by one).
+    """
+
+    sample: Sampler
+    calls: int
+    how: str
+
+
 class Clock(Protocol):
     """Times calls on one device."""
 
-    def sampler(self, call: Call, rotation: int) -> tuple[Sampler, int]:
-        """A warmed-up sampler of a call, and the calls in each of its samples."""
+    def sampler(self, call: Call, rotation: int) -> Timed:
+        """A sampler of a call whose numbers go round in a rotation."""
 
 
 class CpuClock:
     """Wall time of calls one after the other, until a sample takes a millisecond."""
 
-    def sampler(self, call: Call, rotation: int) -> tuple[Sampler, int]:
+    def sampler(self, call: Call, rotation: int) -> Timed:
         """As `Clock` has it: two calls for warming up, the second of them timed."""
         call(0)
         start = time.perf_counter()
@@ -45,17 +60,17 @@ class CpuClock:
                 call(place)
             return (time.perf_counter() - start) / calls
 
-        return sample, calls
+        return Timed(sample, calls, "wall clock")
 
 
 class CudaClock:
-    """Device time of a CUDA graph that holds the whole rotation; of plain launches for what cannot
-    be captured."""
+    """Device time of a CUDA graph that holds the whole rotation; of plain launches, which may wait
+    for the host, for what cannot be captured: `Timed.how` says which."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def sampler(self, call: Call, rotation: int) -> tuple[Sampler, int]:
+    def sampler(self, call: Call, rotation: int) -> Timed:
         """As `Clock` has it; the rotation is run once for warming up, on a stream of its own."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -70,21 +85,19 @@ class CudaClock:
                     call(place)
         except RuntimeError:  # what waits for the device cannot be captured
             torch.cuda.synchronize(self.device)
-            return self._sampled(lambda: [call(place) for place in range(rotation)], rotation)
+            each = partial(self._sample, lambda: [call(n) for n in range(rotation)], rotation)
+            return Timed(each, rotation, "launches")
         graph.replay()
-        return self._sampled(graph.replay, rotation)
+        return Timed(partial(self._sample, graph.replay, rotation), rotation, "graph")
 
-    def _sampled(self, run: Callable[[], object], calls: int) -> tuple[Sampler, int]:
-        def sample() -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with torch.cuda.device(self.device):
-                start.record()
-                run()
-                end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end)) * 1e-3 / calls
-
-        return sample, calls
+    def _sample(self, run: Callable[[], object], calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            start.record()
+            run()
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3 / calls
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -62,6 +62,7 @@ class _Contestant:
     error: float
     sample: Sampler
     calls: int
+    how: str
 
 
 def bytes_of(calls: Sequence[Args]) -> int:
@@ -227,9 +228,9 @@ class Bench:
                 continue
             mine = results if mine is None else mine
             with use_backend(f"{op.name}={backend}"):
-                sample, count = self.clock.sampler(_ours(op, calls), len(calls))
-            sample = _choosing(op, backend, sample)
-            contestants.append(_Contestant(row.contestant, True, error, sample, count))
+                timed = self.clock.sampler(_ours(op, calls), len(calls))
+            sample = _choosing(op, backend, timed.sample)
+            contestants.append(_Contestant(row.contestant, True, error, sample, *timed[1:]))
         if mine is None:
             return
         for peer in self.peers:
@@ -259,9 +260,9 @@ class Bench:
             return SKIPPED, str(error)
         if not apart <= getattr(peer, "APART", APART):
             return WRONG, f"its result is {apart:.2g} (relative L2) from ours"
-        sample, count = self.clock.sampler(run, len(calls))
-        rest_s: float = getattr(peer, "REST_S", 0.0)
-        return _Contestant(peer.NAME, False, apart, _rested(sample, rest_s), count)
+        timed = self.clock.sampler(run, len(calls))
+        sample = _rested(timed.sample, getattr(peer, "REST_S", 0.0))
+        return _Contestant(peer.NAME, False, apart, sample, *timed[1:])
 
     def _timed(
         self,
@@ -277,7 +278,7 @@ class Bench:
             works[0].dtype,
         )
         probe, amount = self.ceilings.binding(mean, new_memory=new_memory)
-        ceiling, _ = self.clock.sampler(probe.call, 1)
+        ceiling = self.clock.sampler(probe.call, 1).sample
         samplers = [*(c.sample for c in contestants), ceiling]
         *times, ceiling_times = _in_turn(samplers, self.effort)
         floor_us = 1e6 * amount / probe.amount * statistics.median(ceiling_times)
@@ -293,6 +294,7 @@ class Bench:
                 p90_us=1e6 * high,
                 samples=len(mine),
                 calls=contestant.calls,
+                how=contestant.how,
                 read_bytes=mean.read,
                 written_bytes=mean.written,
                 flops=mean.flops,

@@ -26,10 +26,12 @@ class Row:
         reason: why it was not measured.
         us, p10_us, p90_us: median and percentiles of one call, microseconds.
         samples, calls: samples of how many calls each.
+        how: they were timed: "wall clock", "graph", or "launches", which may wait for the host.
         read_bytes, written_bytes, flops: the floor of the case.
         ceiling: what binds that floor: "read", "copy", "clone", or a dtype's "bfloat16 product".
         ceiling_us: the floor at the ceiling's rate, measured in turn with the contestants.
-        ratio: median over rounds of this one's time over that of our first backend; 1 for it.
+        ratio: median over rounds of this one's time over that of our first backend that ran; 1 for
+            it.
         error: of a backend, the largest share of the tolerance (docs/evidence.md); of a peer, the
             relative L2 distance from our result.
         series, size, unit: as `BenchCase` has them.
@@ -57,6 +59,7 @@ class Row:
     series: str = ""
     size: int = 0
     unit: str = ""
+    how: str = ""
 
     @property
     def gbps(self) -> float:
