@@ -296,6 +296,23 @@ def test_the_command_measures_and_writes_its_files(tmp_path, capsys):
     assert "rms_norm" in capsys.readouterr().out
 
 
+def test_without_a_compiler_nothing_is_modelled_and_that_is_said(capsys, monkeypatch):
+    from kimi_ops.bench import command
+    from kimi_ops.testing.static.toolchain import MissingToolError
+
+    def modelled_rows(*args, **options):
+        raise MissingToolError("Triton is not installed")
+
+    monkeypatch.setattr(command, "modelled_rows", modelled_rows)
+    request = ["bench", "--op", "rms_norm", "--cases", "1 token", "--peers", "none",
+               "--rounds", "3", "--seconds", "0.1"]  # fmt: skip
+    message = error_of(capsys, *request, "--sections", "modelled")
+    assert "the modelled section: Triton is not installed" in message
+    monkeypatch.setattr(command, "step_rows", lambda run: iter(()))
+    assert main(request) == 0
+    assert "no modelled section: Triton is not installed" in capsys.readouterr().err
+
+
 def test_the_list_of_cases_is_the_files(capsys):
     assert main(["bench", "--op", "mla_decode", "moe_sort", "--full", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,14 +21,15 @@ from kimi_ops.bench.case import BenchCase, cases_of
 from kimi_ops.bench.ceilings import Ceilings
 from kimi_ops.bench.clock import clock_of
 from kimi_ops.bench.measure import Bench, Effort, threads
-from kimi_ops.bench.modelled import modelled_rows, print_modelled
+from kimi_ops.bench.modelled import modelled_rows, print_modelled, sources_table
 from kimi_ops.bench.page import page, readme_plot
 from kimi_ops.bench.peers import peers
 from kimi_ops.bench.record import WRONG, Row, Run, read_json
 from kimi_ops.bench.step import print_steps, step_rows
-from kimi_ops.bench.table import compared, markdown, terminal
+from kimi_ops.bench.table import compared, report, terminal
 from kimi_ops.model.errors import KimiError
 from kimi_ops.testing.cost import RATES
+from kimi_ops.testing.static.toolchain import MissingToolError
 
 _SECTIONS = ("measured", "modelled", "step")
 _BACKENDS = {"cpu": ("cpu", "reference"), "cuda": (*GPU_BACKENDS, "reference")}
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.rounds < 3 or args.seconds <= 0 or any(n < 1 for n in args.threads):
         raise KimiError("--rounds must be 3 or more, --seconds and --threads above 0")
+    modelled = _modelled(ops, args) if "modelled" in sections else iter(())
     old = _old(args.compare)
     out = _folder(args.out)
     found = Run(_command(), machine.facts(device))
@@ -66,25 +69,44 @@ def run(args: argparse.Namespace) -> int:
                 found.write_json(out / "bench.json")
         console.print(terminal(found))
     if "modelled" in sections:
-        for modelled in modelled_rows(ops, list(RATES), full=args.full):
-            found.modelled.append(modelled)
-            _tell(f"modelled: {modelled['op']}, {modelled['backend']}, {modelled['device']}")
+        for figures in modelled:
+            found.modelled.append(figures)
+            _tell(f"modelled: {figures['op']}, {figures['backend']}, {figures['device']}")
         print_modelled(found.modelled)
+        console.print(sources_table(list(dict.fromkeys(r["device"] for r in found.modelled))))
     if "step" in sections:
         found.steps = list(step_rows(found))
         print_steps(found.steps)
     if out is not None:
-        found.write_json(out / "bench.json")
-        found.write_csv(out / "bench.csv")
-        (out / "bench.md").write_text(markdown(found))
-        (out / "bench.html").write_text(page(found))
-        (out / "ratios.svg").write_text(readme_plot(found))
-        print(f"written: bench.json, bench.csv, bench.md, bench.html, ratios.svg in {out}")
+        print(f"written: {', '.join(write_all(found, out))} in {out}")
     agree = True
     if old is not None:
         text, agree = compared(old, found)
         print(text)
     return 0 if agree and not any(row.status == WRONG for row in found.rows) else 1
+
+
+def _modelled(ops: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows to come; none, and a word about it, where nobody asked for what cannot be made here."""
+    try:
+        return modelled_rows(ops, list(RATES), full=args.full)
+    except MissingToolError as error:
+        if args.sections:
+            raise KimiError(f"the modelled section: {error}") from None
+        print(f"kimi-ops bench: no modelled section: {error}", file=sys.stderr)
+        return iter(())
+
+
+def write_all(found: Run, folder: Path) -> list[str]:
+    """Writes everything that a run has to show, and gives the files' names."""
+    files = {"bench.md": report(found), "bench.html": page(found)}
+    if found.rows:
+        files["ratios.svg"] = readme_plot(found)
+        found.write_csv(folder / "bench.csv")
+    found.write_json(folder / "bench.json")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return ["bench.json", *(["bench.csv"] if found.rows else []), *files]
 
 
 def _measured(

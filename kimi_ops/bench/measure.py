@@ -47,7 +47,7 @@ class Effort:
     """
 
     rounds: int = 25
-    seconds: float = 6.0
+    seconds: float = 2.0
     least: int = 7
 
 

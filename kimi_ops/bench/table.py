@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -21,6 +22,7 @@ from kimi_ops.bench.cells import (
     error_text,
     facts,
     is_product,
+    number,
     ops_of,
     percent,
     rate_text,
@@ -32,6 +34,7 @@ from kimi_ops.bench.cells import (
     time_text,
 )
 from kimi_ops.bench.record import MEASURED, SKIPPED, WRONG, Row, Run
+from kimi_ops.testing.cost.report import LABEL
 
 _APART = 1.1  # medians of two runs that differ by more do not agree
 _PASSING = ("time", "clock")  # facts of a run that say nothing about whether it can be compared
@@ -121,6 +124,37 @@ def markdown(run: Run, ops: Sequence[str] | None = None) -> str:
             cells += [DASH] * 3
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def modelled_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table of `kimi_ops.bench.modelled` rows, without those that only say why not."""
+    lines = [
+        f"Times of GPUs: {LABEL}. Microseconds of a call's kernels, launches not included.",
+        "",
+        "| op | case | kernel of | GPU | floor | low | up | launches | bound by |",
+        "|---|---|---|---|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        if row["reason"]:
+            continue
+        bounds = dict.fromkeys(kernel["bound"] for kernel in row["kernels"])
+        cells = [
+            f"`{row['op']}`",
+            _cell(row["case"]),
+            row["backend"],
+            row["device"],
+            *(number(row[name]) for name in ("floor_us", "low_us", "up_us")),
+            str(row["launches"]),
+            ", ".join(bounds),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(run: Run) -> str:
+    """Everything of a run that was measured, and apart from it what was modelled."""
+    parts = [markdown(run)] if run.rows else []
+    return "\n".join([*parts, *([modelled_markdown(run.modelled)] if run.modelled else [])])
 
 
 def _machine_lines(old: Run, new: Run) -> list[str]:
