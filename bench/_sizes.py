@@ -11,7 +11,6 @@ Q_LORA, C, R, NOPE, V = 1536, 512, 64, 128, 128
 SCALE = 0.1446796  # of scores: 192**-0.5 times the square of the YaRN factor
 ROUTED_SCALE = 2.827
 PAGE = 64
-PATCH_LIMIT = 16384  # of one picture
 VISION_HEADS, VISION_DIM, VISION_WIDTH = 16, 72, 1152
 # Pictures and clips, [frames, rows, columns] of patches of 14 pixels.
 GRIDS = {
