@@ -1,4 +1,4 @@
-"""Backward of softmax attention within one segment, tile by tile.
+"""Backward of softmax attention within segments: long ones tile by tile, short ones together.
 
 With the scores ``S = scale q k^T``, ``P = exp(S - lse)`` and the output ``out = P v``::
 
@@ -7,21 +7,26 @@ With the scores ``S = scale q k^T``, ``P = exp(S - lse)`` and the output ``out =
     dq = scale dS k,   dk = scale dS^T q
 
 P is computed again from ``lse``, a tile of queries and keys at a time: memory grows with the
-number of queries plus that of keys, not with their product.
+number of queries plus that of keys, not with their product. Segments that fit into a tile are
+padded to the longest of several and share one product.
 
 Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from kimi_ops.reference import widen
 
+_Segment: TypeAlias = tuple[slice, slice]  # rows of the queries and of the keys
 _QUERIES, _KEYS = 256, 1024  # of a tile: 64 heads are 64 MiB in float32
+_SCORES = 2**22  # of short segments that are taken together, over all heads: 16 MiB in float32
 
 
 def _scores(
@@ -84,3 +89,122 @@ def attention_gradients(
         dq[queries] += torch.einsum("hnm,mhw->nhw", ds, k[keys])
         dk[keys] += torch.einsum("hnm,nhw->mhw", ds, q[queries])
     return dq, dk, dv
+
+
+def segment_gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    cu_seqlens_q: Sequence[int],
+    cu_seqlens_k: Sequence[int],
+    scale: float,
+    causal: bool,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """`attention_gradients` of packed segments, written into ``gradients``; other rows become 0.
+
+    Tensors as in `attention_gradients`, all segments one after the other; segment b has the rows
+    ``cu_seqlens_q[b] .. cu_seqlens_q[b + 1]`` and attends to the same of the keys. ``causal`` is
+    bottom-right aligned: the last query sees the last key. Without ``lse`` it is computed first.
+    """
+    for gradient in gradients:
+        gradient.zero_()
+    spans = zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True)
+    segments = [(slice(*n), slice(*m)) for n, m in spans]
+    short = [s for s in segments if _rows(s[0]) <= _QUERIES and _rows(s[1]) <= _KEYS]
+    long = [s for s in segments if s not in short] if len(short) < len(segments) else []
+    for n, m in long:
+        offset = _rows(m) - _rows(n) if causal else None
+        row = None if dlse is None else dlse[n]
+        top = log_sum_exp(q[n], k[m], scale, offset) if lse is None else lse[n]
+        found = attention_gradients(dout[n], row, q[n], k[m], v[m], out[n], top, scale, offset)
+        for gradient, rows, value in zip(gradients, (n, m, m), found, strict=True):
+            gradient[rows] = value
+    for group in _groups(short, q.shape[1]):
+        _together(dout, dlse, q, k, v, out, lse, group, scale, causal, gradients)
+
+
+def _rows(span: slice) -> int:
+    return int(span.stop - span.start)
+
+
+def _groups(segments: list[_Segment], heads: int) -> Iterator[list[_Segment]]:
+    """Segments of similar length, as many as have `_SCORES` scores with their padding."""
+    group: list[_Segment] = []
+    widest = 0
+    for segment in sorted(segments, key=lambda s: (_rows(s[0]), _rows(s[1]))):
+        if not (_rows(segment[0]) and _rows(segment[1])):
+            continue
+        wider = max(widest, _rows(segment[1]))
+        if group and (len(group) + 1) * heads * _rows(segment[0]) * wider > _SCORES:
+            yield group
+            group, wider = [], _rows(segment[1])
+        group.append(segment)
+        widest = wider
+    if group:
+        yield group
+
+
+def _together(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    group: list[_Segment],
+    scale: float,
+    causal: bool,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """`attention_gradients` of a group of segments, each padded to the longest."""
+    rows, lacking_q = _padded([n for n, _ in group], q.device)
+    keys, lacking_k = _padded([m for _, m in group], q.device)
+
+    def batch(x: Tensor, index: Tensor) -> Tensor:
+        """``[B*H, n, W]`` of the segments' rows."""
+        return widen(x[index]).transpose(1, 2).flatten(0, 1)
+
+    def rows_of(x: Tensor, lacking: Tensor) -> Tensor:
+        """Back to the segments' rows, without the padding."""
+        return x.unflatten(0, (len(group), -1)).transpose(1, 2)[~lacking]
+
+    queries, dy = batch(q, rows), batch(dout, rows)
+    k_, v_ = batch(k, keys), batch(v, keys)
+    delta = (dy * batch(out, rows)).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta -= batch(dlse[..., None], rows)
+    hidden = lacking_q[:, :, None] | lacking_k[:, None]
+    if causal:
+        i = torch.arange(rows.shape[1], device=q.device)[:, None]
+        j = torch.arange(keys.shape[1], device=q.device)
+        offset = torch.tensor([_rows(m) - _rows(n) for n, m in group], device=q.device)
+        hidden = hidden | (j > i + offset[:, None, None])
+    hidden = hidden.repeat_interleave(q.shape[1], 0)
+    score = torch.bmm(queries, k_.mT).mul_(scale)
+    if lse is None:
+        top = score.masked_fill(hidden, -torch.inf).logsumexp(-1, keepdim=True)
+    else:
+        top = batch(lse[..., None], rows)
+    p = score.sub_(top).exp_().masked_fill_(hidden | (top == -torch.inf), 0)
+    ds = torch.bmm(dy, v_.mT).sub_(delta).mul_(p).mul_(scale)
+    flat = torch.cat([torch.arange(n.start, n.stop) for n, _ in group]).to(q.device)
+    flat_k = torch.cat([torch.arange(m.start, m.stop) for _, m in group]).to(q.device)
+    dq, dk, dv = gradients
+    dq[flat] = rows_of(torch.bmm(ds, k_), lacking_q).to(dq.dtype)
+    dk[flat_k] = rows_of(torch.bmm(ds.mT, queries), lacking_k).to(dk.dtype)
+    dv[flat_k] = rows_of(torch.bmm(p.mT, dy), lacking_k).to(dv.dtype)
+
+
+def _padded(spans: list[slice], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of each segment ``[B, longest]``, the last one repeated, and which are such padding."""
+    first = torch.tensor([span.start for span in spans])[:, None]
+    count = torch.tensor([_rows(span) for span in spans])[:, None]
+    place = torch.arange(int(count.max()))
+    index = first + torch.minimum(place, count - 1)
+    return index.to(device), (place >= count).to(device)

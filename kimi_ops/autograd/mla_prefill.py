@@ -4,13 +4,12 @@ saved ``lse``. Both results have one, so that `merge_attention` can follow.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kimi_ops.autograd._attention import attention_gradients
+from kimi_ops.autograd._attention import segment_gradients
 from kimi_ops.autograd._opaque import define_opaque
 
 GRADIENTS = ("q", "k", "v")
@@ -29,18 +28,10 @@ def _compute(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _outputs(dout, dlse, q, k, v)
-    for gradient in (dq, dk, dv):
-        gradient.zero_()  # rows past the last sequence
-    spans_q, spans_k = (itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
-    for (q0, q1), (k0, k1) in zip(spans_q, spans_k, strict=True):
-        n, m = slice(q0, q1), slice(k0, k1)
-        # Bottom-right aligned: the last query sees the last key.
-        offset = (k1 - k0) - (q1 - q0) if causal else None
-        dq[n], dk[m], dv[m] = attention_gradients(
-            dout[n], dlse[n], q[n], k[m], v[m], out[n], lse[n], scale, offset
-        )
-    return dq, dk, dv
+    gradients = _outputs(dout, dlse, q, k, v)
+    cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    segment_gradients(dout, dlse, q, k, v, out, lse, cu_q, cu_k, scale, causal, gradients)
+    return gradients
 
 
 def _outputs(dout: Tensor, dlse: Tensor, *qkv_and_rest: Any) -> tuple[Tensor, Tensor, Tensor]:

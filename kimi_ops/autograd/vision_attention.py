@@ -4,13 +4,12 @@ returns no log-sum-exp, which is therefore computed again first.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kimi_ops.autograd._attention import attention_gradients, log_sum_exp
+from kimi_ops.autograd._attention import segment_gradients
 from kimi_ops.autograd._opaque import define_opaque
 
 GRADIENTS = ("q", "k", "v")
@@ -19,16 +18,9 @@ GRADIENTS = ("q", "k", "v")
 def _compute(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _outputs(dout, q, k, v)
-    for gradient in (dq, dk, dv):
-        gradient.zero_()  # rows past the last segment
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
-        part = slice(start, end)
-        lse = log_sum_exp(q[part], k[part], scale)
-        dq[part], dk[part], dv[part] = attention_gradients(
-            dout[part], None, q[part], k[part], v[part], out[part], lse, scale
-        )
-    return dq, dk, dv
+    gradients, cu = _outputs(dout, q, k, v), cu_seqlens.tolist()
+    segment_gradients(dout, None, q, k, v, out, None, cu, cu, scale, False, gradients)
+    return gradients
 
 
 def _outputs(dout: Tensor, *qkv_and_rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,12 +173,8 @@ class _Mask:
     there), once the template puts another string next to it.
     """
 
-    def __init__(self, names: Collection[str], marker: str) -> None:
-        self._names = frozenset(names)
-        self._lengths = sorted({len(name) for name in names})
-        self._first = re.compile("|".join(sorted({re.escape(name[0]) for name in names})))
-        self._heads = frozenset(name[:i] for name in names for i in range(1, len(name)))
-        self._tails = frozenset(name[i:] for name in names for i in range(1, len(name)))
+    def __init__(self, names: tuple[str, ...], marker: str) -> None:
+        self._names, self._lengths, self._first, self._heads, self._tails = _parts(names)
         self._marker = marker
 
     def __call__(self, text: str) -> str:
@@ -193,6 +190,20 @@ class _Mask:
         }
         bounds = [0, *sorted(places), len(text)]
         return self._marker.join(text[a:b] for a, b in itertools.pairwise(bounds))
+
+
+@lru_cache(maxsize=8)
+def _parts(
+    names: tuple[str, ...],
+) -> tuple[frozenset[str], list[int], re.Pattern[str], frozenset[str], frozenset[str]]:
+    """The names, their lengths, what finds the first character of any, their heads and tails."""
+    return (
+        frozenset(names),
+        sorted({len(name) for name in names}),
+        re.compile("|".join(sorted({re.escape(name[0]) for name in names}))),
+        frozenset(name[:i] for name in names for i in range(1, len(name))),
+        frozenset(name[i:] for name in names for i in range(1, len(name))),
+    )
 
 
 def _render(

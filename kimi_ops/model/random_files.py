@@ -28,11 +28,19 @@ _NAMED_IDS = {
 
 
 def random_checkpoint_files(config: KimiK25Config) -> dict[str, bytes]:
-    """File name -> content: tokenizer, template, preprocessor and generation config, and the mark.
+    """`small_files`, and the mark of random weights.
 
-    For `make_checkpoint(..., tokenizer_files=...)`. The tokenizer has the config's vocabulary size,
-    is learned from a small built-in text, and has the released control tokens; sampling values are
-    those recommended for Kimi K2.5's thinking mode.
+    For `make_checkpoint(..., tokenizer_files=...)`. Raises as `small_files`.
+    """
+    return {**small_files(config), RANDOM_MARK: _RANDOM_TEXT.encode()}
+
+
+def small_files(config: KimiK25Config, text: str | None = None) -> dict[str, bytes]:
+    """File name -> content: tokenizer, template, preprocessor and generation config.
+
+    The tokenizer has the config's vocabulary size and the released control tokens, and is learned
+    from ``text``, by default a small built-in one; sampling values are those recommended for Kimi
+    K2.5's thinking mode.
 
     Raises:
         KimiError: a vocabulary below 512 ids.
@@ -40,7 +48,7 @@ def random_checkpoint_files(config: KimiK25Config) -> dict[str, bytes]:
     """
     check_config(config)
     vocab_size = config.text_config.vocab_size
-    files = tiny_tokenizer_files(vocab_size)
+    files = tiny_tokenizer_files(vocab_size, text)
     first = vocab_size - NUM_RESERVED
     id_of = {name: first + i for i, name in enumerate(reserved_names(first))}
     for key, name in _NAMED_IDS.items():
@@ -61,12 +69,8 @@ def random_checkpoint_files(config: KimiK25Config) -> dict[str, bytes]:
         MEDIA_CONFIG_FILE: {"media_proc_cfg": MediaConfig().to_dict()},
         "generation_config.json": generation,
     }
-    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in objects.items()}
-    return {
-        **files,
-        **{name: text.encode() for name, text in texts.items()},
-        RANDOM_MARK: _RANDOM_TEXT.encode(),
-    }
+    contents = {name: json.dumps(value, indent=2) + "\n" for name, value in objects.items()}
+    return {**files, **{name: content.encode() for name, content in contents.items()}}
 
 
 def has_random_weights(directory: str | Path) -> bool:

@@ -347,13 +347,14 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def tiny_tokenizer_files(vocab_size: int) -> dict[str, bytes]:
+def tiny_tokenizer_files(vocab_size: int, text: str | None = None) -> dict[str, bytes]:
     """A real tokenizer of any size, for checkpoints made by this package: file name -> contents.
 
-    The BPE ranks are learned from a small built-in text; the same size always gives the same bytes.
+    The same arguments always give the same bytes.
 
     Args:
         vocab_size: ids in total, at least 512 (256 single bytes and 256 control tokens).
+        text: what the BPE ranks are learned from; by default a small built-in text.
 
     Raises:
         KimiError: `vocab_size` is below 512.
@@ -363,7 +364,7 @@ def tiny_tokenizer_files(vocab_size: int) -> dict[str, bytes]:
             f"tiny_tokenizer_files: vocab_size must be at least {256 + NUM_RESERVED} (256 bytes "
             f"and {NUM_RESERVED} control tokens), got {vocab_size}"
         )
-    tokenizer = KimiTokenizer.from_ranks(train_ranks(vocab_size - NUM_RESERVED))
+    tokenizer = KimiTokenizer.from_ranks(train_ranks(vocab_size - NUM_RESERVED, text))
     config = {
         "bos_token": "[BOS]",
         "eos_token": "[EOS]",

@@ -1,0 +1,51 @@
+"""Short clips of one moving shape, sometimes beside one that rests.
+
+Held-out clips are drawn from other random numbers than those of training.
+"""
+
+from __future__ import annotations
+
+from kimi_ops.tasks.sample import Clip, Rng, Sample, Split, ask, reply
+from kimi_ops.tasks.shapes import COLOURS, SHAPES, draw, ground
+
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SIZE = 16.0  # pixels, of a shape
+
+
+def make(rng: Rng, split: Split, several: bool) -> Sample:
+    """A clip of two to eight frames; which way does it move?"""
+    frames = int(rng.integers(2, 9))
+    sides = rng.integers(48, 85, 2)
+    shape, still = (str(name) for name in rng.choice(SHAPES, 2, replace=False))
+    colour, other = (str(name) for name in rng.choice([*COLOURS], 2, replace=False))
+    word = str(rng.choice([*DIRECTIONS]))
+    along = 0 if word in ("left", "right") else 1
+    room = float(sides[along]) - SIZE - 2
+    distance = rng.uniform(max(12.0, 0.5 * room), room)
+    first = [1 + rng.uniform(0, side - SIZE - 2) for side in sides]
+    start = 1 + rng.uniform(0, room - distance)
+    forward = word in ("right", "down")
+    empty = ground(int(sides[0]), int(sides[1]), rng)
+    if rng.random() < 0.3:
+        # Beside the path, not under it.
+        across = 1 - along
+        free = float(sides[across]) - 2 * SIZE - 4
+        rest = [1 + rng.uniform(0, side - SIZE - 2) for side in sides]
+        low = bool(rng.random() < 0.5)
+        first[across] = 1 + rng.uniform(0, free) + (0 if low else SIZE + 2)
+        # The two share no row (or column): one keeps below the other.
+        split_at = first[across] + SIZE + 2 if low else first[across] - SIZE - 2
+        rest[across] = min(max(split_at, 0), float(sides[across]) - SIZE)
+        draw(empty, still, other, rest[0], rest[1], SIZE)
+    pictures = []
+    for frame in range(frames):
+        done = frame / (frames - 1)
+        place = list(first)
+        place[along] = start + distance * (done if forward else 1 - done)
+        image = empty.copy()
+        draw(image, shape, colour, place[0], place[1], SIZE)
+        pictures.append(image)
+    messages = [ask(f"Which way does the {shape} move?", Clip(tuple(pictures))), reply(word)]
+    if several:
+        messages += [ask(f"What colour is the {shape}?"), reply(colour)]
+    return Sample("clips", messages)
