@@ -34,14 +34,14 @@ VISION = {
     "vt_intermediate_size": 288,
 }
 
-# Conversations of a batch by task: text and vision together from the first step on, at a ratio
-# that stays.
+# Conversations of a batch by task, even numbers: text and vision together from the first step on,
+# at a ratio that stays.
 MIXTURE = {
-    "digits": 14,
-    "scenes": 20,
+    "digits": 12,
+    "scenes": 14,
     "photographs": 4,
-    "clips": 12,
-    "sums": 6,
+    "clips": 10,
+    "sums": 4,
     "sums, instant": 2,
     "tool calls": 2,
     "tool results": 2,

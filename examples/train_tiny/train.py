@@ -2,7 +2,8 @@
 
     python examples/train_tiny/train.py OUT
 
-writes OUT/int4 (the checkpoint in the released format), OUT/bf16 (the same before quantisation),
+computes each batch in two processes of one thread, half of its conversations in each, and writes
+OUT/int4 (the checkpoint in the released format), OUT/bf16 (the same before quantisation),
 OUT/log.jsonl, OUT/loss.svg and OUT/states. Run again with the same OUT, it goes on from the last
 state, and the result has the same bits as that of a run in one piece.
 """
@@ -14,16 +15,18 @@ import dataclasses
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from plot import plot_log
 from recipe import MIXTURE, Recipe, build_config, vocabulary_text
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -37,7 +40,7 @@ from kimi_ops.model.kimi import KimiK25
 from kimi_ops.model.random_files import small_files
 from kimi_ops.quant import int4
 from kimi_ops.train.balance import ExpertLoad, update_bias_
-from kimi_ops.train.examples import Batch, Lessons
+from kimi_ops.train.examples import IGNORED, Batch, Lessons
 from kimi_ops.train.forward import Options, forward
 from kimi_ops.train.initial import initialize_
 from kimi_ops.train.muon import make_optimizers
@@ -52,7 +55,7 @@ def round_trip(weight: Tensor) -> Tensor:
 
 
 class Run:
-    """Everything that a state on disk holds, and one step of it."""
+    """Everything that a state on disk holds, and one step of it; the same in every process."""
 
     def __init__(self, out: Path, recipe: Recipe) -> None:
         self.out, self.recipe = out, recipe
@@ -82,38 +85,47 @@ class Run:
     def step(self, number: int, batch: Batch, last_good: Path | None) -> dict[str, Any]:
         """Forward, backward, MuonClip and balance; what is logged of it."""
         quantize = number >= self.recipe.quantize_from
-        options = Options(quantize=round_trip if quantize else None, watch_logits=True)
+        options = Options(
+            quantize=round_trip if quantize else None,
+            balance=self.recipe.balance,
+            watch_logits=True,
+        )
+        targets = batch.targets[batch.targets != IGNORED]
+        count = summed(torch.tensor([len(targets), len(batch.ids)]))
         logits, seen = forward(self.model, batch, options)
-        loss = F.cross_entropy(logits, batch.targets)
-        (loss + self.recipe.balance * seen.balance_loss).backward()
-        parameters = dict(self.model.named_parameters())
-        gradients = {
-            f"gradient of {n}": p.grad for n, p in parameters.items() if p.grad is not None
-        }
-        check_finite(number, {"loss": loss.detach(), **gradients}, last_good=last_good)
+        loss = F.cross_entropy(logits, targets, reduction="sum") / count[0]
+        (loss + seen.balance_loss / dist.get_world_size()).backward()
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        for gradient in gradients.values():
+            summed(gradient)
+        total = summed(loss.detach())
+        named = {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+        check_finite(number, {"loss": total, **named}, last_good=last_good)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
         for optimizer, schedule in zip((self.muon, self.adamw), self.schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+        for largest in seen.largest.values():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         clip_model_(self.model, seen.largest, threshold=self.recipe.threshold)
         worst = 0.0
         for layer, load in self.loads.items():
             load.add(seen.chosen[layer])
+            summed(load.counts)
             bias = self.model.get_parameter(f"language.layers.{layer}.moe.bias")
             update_bias_(bias.data, load.counts, speed=self.recipe.bias_speed)
             worst = max(worst, load.violation())
             load.reset()
-        right = exact(logits.detach(), batch)
         return {
             "step": number,
-            "loss": float(loss.detach()),
+            "loss": float(total),
             "lr": self.schedules[0].get_last_lr()[0],
             "gradient": norm,
             "largest logit": max(float(x.max()) for x in seen.largest.values()),
             "violation": worst,
-            "tokens": len(batch.ids),
-            "right": right,
+            "tokens": int(count[1]),
+            "right": exact(logits.detach(), batch),
         }
 
     def save(self) -> None:
@@ -133,15 +145,21 @@ class Run:
         save_checkpoint(self.out / "int4", config, packed, **options, **one_file)
 
 
+def summed(x: Tensor) -> Tensor:
+    """``x``, overwritten with its sum over the processes."""
+    dist.all_reduce(x)
+    return x
+
+
 def exact(logits: Tensor, batch: Batch) -> dict[str, float]:
-    """Share of conversations by task in which every target is the likeliest token."""
-    wrong = (batch.targets >= 0) & (logits.argmax(-1) != batch.targets)
-    sums = F.pad(wrong.cumsum(0), (1, 0))[batch.cu_seqlens.long()].diff()
-    right, first, shares = (sums == 0).tolist(), 0, {}
-    for task, count in MIXTURE.items():
-        shares[task] = sum(right[first : first + count]) / count
-        first += count
-    return shares
+    """Share of all processes' conversations, by task, in which every target is the likeliest."""
+    has_target = batch.targets != IGNORED
+    wrong = torch.zeros(len(batch.ids), dtype=torch.int64)
+    wrong[has_target] = (logits.argmax(-1) != batch.targets[has_target]).long()
+    faults = F.pad(wrong.cumsum(0), (1, 0))[batch.cu_seqlens.long()].diff()
+    counts = [count // dist.get_world_size() for count in MIXTURE.values()]
+    right = summed(torch.stack([(part == 0).sum() for part in faults.split(counts)]))
+    return {task: int(n) / count for (task, count), n in zip(MIXTURE.items(), right, strict=True)}
 
 
 def builder_of(out: Path, config: KimiK25Config) -> PromptBuilder:
@@ -154,48 +172,73 @@ def builder_of(out: Path, config: KimiK25Config) -> PromptBuilder:
     return PromptBuilder(folder)
 
 
-def batches(builder: PromptBuilder, recipe: Recipe, first: int, steps: int) -> Iterator[Batch]:
-    """Batches from number ``first`` on, made by another process one ahead."""
-    lessons = Lessons(builder, MIXTURE, steps, seed=recipe.seed)
-    loader = DataLoader(
-        lessons, batch_size=None, sampler=range(first, steps), num_workers=1, prefetch_factor=4
-    )
-    return iter(loader)
+def batches(builder: PromptBuilder, recipe: Recipe, first: int, last: int) -> Iterator[Batch]:
+    """This process's part of the batches from number ``first`` on, made ahead in another one."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mixture = {task: count // world for task, count in MIXTURE.items()}
+    lessons = Lessons(builder, mixture, last * world, seed=recipe.seed)
+    mine = range(first * world + rank, last * world, world)
+    return iter(DataLoader(lessons, batch_size=None, sampler=mine, num_workers=1))
 
 
-def train(out: Path, recipe: Recipe, *, stop_after: int | None = None) -> None:
-    """The whole run, from the last state in ``out`` if there is one.
+def train(rank: int, out: Path, recipe: Recipe, stop_after: int | None) -> None:
+    """The whole run in one of the processes, from the last state in ``out`` if there is one.
 
     Raises:
         ResumeError: a damaged state, or one of another run.
         NonFiniteError: a NaN or infinity, with the step and the tensor.
     """
+    torch.set_num_threads(1)
     run, states = Run(out, recipe), States(out / "states")
     found = states.restore(run.parts)
     first = found.step if found else 0
-    if found and found.data != {"recipe": dataclasses.asdict(recipe)}:
+    data = {"recipe": dataclasses.asdict(recipe)}
+    if found and found.data != data:
         raise KimiError(f"{found.path}: of another recipe ({found.data}); choose another folder")
-    builder = builder_of(out, run.config)
-    log_file = out / "log.jsonl"
-    kept = log_file.read_text().splitlines()[:first] if log_file.exists() else []
-    log_file.write_text("".join(line + "\n" for line in kept))
+    builder = builder_of(out / "files" / str(rank), run.config)
     last = run.steps if stop_after is None else min(run.steps, stop_after)
     lessons = batches(builder, recipe, first, last)
-    data = {"recipe": dataclasses.asdict(recipe)}
-    with log_file.open("a") as log, tqdm(total=run.steps, initial=first, unit="step") as bar:
+    log = Log(out / "log.jsonl", first) if rank == 0 else None
+    with tqdm(total=run.steps, initial=first, unit="step", disable=rank > 0) as bar:
         for number in range(first, last):
             started = time.perf_counter()
             entry = run.step(number, next(lessons), states.latest())
-            entry["seconds"] = round(time.perf_counter() - started, 4)
-            log.write(json.dumps(entry) + "\n")
             bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             bar.update()
+            if log is None:
+                continue
+            log.write(entry | {"seconds": round(time.perf_counter() - started, 4)})
             if (number + 1) % recipe.save_every == 0 or number + 1 == last:
-                log.flush()
                 states.save(number + 1, run.parts, data)
-    if last == run.steps:
+    if rank == 0 and last == run.steps:
         run.save()
-    plot_log(log_file, out / "loss.svg")
+
+
+class Log:
+    """One line of JSON per step; those of steps that are done again are dropped."""
+
+    def __init__(self, path: Path, first: int) -> None:
+        lines = path.read_text().splitlines()[:first] if path.exists() else []
+        self._path = path
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends, so that a killed run keeps every line."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def process(rank: int, world: int, rendezvous: str, *args: Any) -> None:
+    """One process: joins the others, and trains."""
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    try:
+        train(rank, *args)
+    except KimiError as error:
+        if rank == 0:
+            print(f"train: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        dist.destroy_process_group()
 
 
 def main() -> int:
@@ -206,15 +249,17 @@ def main() -> int:
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, type=type(field.default), default=field.default)
     parser.add_argument("--stop-after", type=int, help="stop at this step, to go on later")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, choices=(1, 2))
     given = vars(parser.parse_args())
-    out, stop_after = given.pop("out"), given.pop("stop_after")
-    torch.set_num_threads(given.pop("threads"))
-    try:
-        train(out, Recipe(**given), stop_after=stop_after)
-    except KimiError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 1
+    out, stop_after, world = (given.pop(name) for name in ("out", "stop_after", "processes"))
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        args = (world, f"file://{folder}/meeting", out, Recipe(**given), stop_after)
+        try:
+            multiprocessing.spawn(process, args, nprocs=world)
+        except multiprocessing.ProcessExitedException as error:
+            return int(error.exit_code) or 1
+    plot_log(out / "log.jsonl", out / "loss.svg")
     return 0
 
 

@@ -172,7 +172,8 @@ def _together(
 
     def rows_of(x: Tensor, lacking: Tensor) -> Tensor:
         """Back to the segments' rows, without the padding."""
-        return x.unflatten(0, (len(group), -1)).transpose(1, 2)[~lacking]
+        rows: Tensor = x.unflatten(0, (len(group), -1)).transpose(1, 2)[~lacking]
+        return rows
 
     queries, dy = batch(q, rows), batch(dout, rows)
     k_, v_ = batch(k, keys), batch(v, keys)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ from kimi_ops.model.kimi import KimiK25
 from kimi_ops.model.language import DecoderLayer
 from kimi_ops.model.moe import MixtureOfExperts
 from kimi_ops.model.rope import rotate
-from kimi_ops.train.examples import Batch
+from kimi_ops.train.balance import sequence_balance_loss
+from kimi_ops.train.examples import IGNORED, Batch
 from kimi_ops.train.experts import moe_experts
 from kimi_ops.train.qk_clip import max_logits
 
@@ -53,16 +55,19 @@ class Options:
             `kimi_ops.quant.int4.fake_quantize`; None leaves them as they are.
         recompute: norms, up-projections of the attention and SwiGLU are computed again in
             backward instead of kept (Kimi K2, arXiv 2507.20534 section 2.4.3).
+        balance: alpha of the sequence-wise auxiliary loss, `aux_loss_alpha` of the config; 0 leaves
+            it out.
         watch_logits: fill `Seen.largest`, which costs the products of queries and keys once more.
     """
 
     quantize: Callable[[Tensor], Tensor] | None = None
     recompute: bool = False
+    balance: float = 0.0
     watch_logits: bool = False
 
 
 def forward(model: KimiK25, batch: Batch, options: Options) -> tuple[Tensor, Seen]:
-    """Logits of every position of a batch.
+    """Logits of the positions of a batch that have a target.
 
     Args:
         model: with float experts (a config without quantization), ``requires_grad`` where wanted.
@@ -70,7 +75,8 @@ def forward(model: KimiK25, batch: Batch, options: Options) -> tuple[Tensor, See
         options: see there.
 
     Returns:
-        ``[T, vocab]`` float32, and what was seen.
+        ``[N, vocab]`` float32 for the N positions whose target is not `IGNORED`, in order, and what
+        was seen.
 
     Raises:
         KimiError: as `KimiK25.embed` and `KimiK25.encode_media`.
@@ -84,9 +90,10 @@ def forward(model: KimiK25, batch: Batch, options: Options) -> tuple[Tensor, See
     for layer in model.language.layers.values():
         assert isinstance(layer, DecoderLayer)
         x, residual = run.layer(layer, x, residual)
+    assert residual is not None
     eps = model.config.text_config.rms_norm_eps
     hidden, _ = kimi_ops.add_rms_norm(x, residual, model.language.norm, eps)
-    return model.language.logits(hidden), run.seen
+    return model.language.logits(hidden[batch.targets != IGNORED]), run.seen
 
 
 class _Run:
@@ -101,12 +108,11 @@ class _Run:
         self.inv_freq = model.language.inv_freq
         self.number = -1
 
-    def _again(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    def _again(self, function: Callable[..., Any], *args: Tensor) -> Any:
         """Calls it, and a second time in backward if that saves memory."""
         if not self.options.recompute:
             return function(*args)
-        result: Tensor = checkpoint(function, *args, use_reentrant=False)
-        return result
+        return checkpoint(function, *args, use_reentrant=False)
 
     def layer(
         self, layer: DecoderLayer, x: Tensor, residual: Tensor | None
@@ -139,21 +145,23 @@ class _Run:
         def query(q_a: Tensor, weight: Tensor, q_b: Tensor) -> Tensor:
             normal = kimi_ops.rms_norm(q_a.contiguous(), weight, config.latent_norm_eps)
             q = F.linear(normal, q_b).view(-1, heads, config.qk_head_dim)
-            turned = rotate(q[..., nope:], self.positions, self.inv_freq)
-            return torch.cat((q[..., :nope], turned), dim=-1)
+            plain, turning = q.split((nope, config.qk_rope_head_dim), dim=-1)
+            return torch.cat((plain, rotate(turning, self.positions, self.inv_freq)), dim=-1)
 
-        def key_value(kv_a: Tensor, rotary: Tensor, weight: Tensor, kv_b: Tensor) -> Tensor:
+        def key_value(
+            kv_a: Tensor, rotary: Tensor, weight: Tensor, kv_b: Tensor
+        ) -> tuple[Tensor, Tensor]:
             normal = kimi_ops.rms_norm(kv_a.contiguous(), weight, config.latent_norm_eps)
             expanded = F.linear(normal, kv_b).view(len(x), heads, -1)
-            turned = rotate(rotary[:, None], self.positions, self.inv_freq).expand(-1, heads, -1)
-            return torch.cat((expanded[..., :nope], turned, expanded[..., nope:]), dim=-1)
+            plain, value = expanded.split((nope, config.v_head_dim), dim=-1)
+            turned = rotate(rotary[:, None], self.positions, self.inv_freq)
+            return torch.cat((plain, turned.expand(-1, heads, -1)), dim=-1), value
 
         q = self._again(query, q_a, attn.q_a_layernorm, attn.q_b)
-        kv = self._again(key_value, kv_a, rotary, attn.kv_a_layernorm, attn.kv_b)
-        key, value = kv.split((config.qk_head_dim, config.v_head_dim), dim=-1)
+        key, value = self._again(key_value, kv_a, rotary, attn.kv_a_layernorm, attn.kv_b)
         scale, cu = config.softmax_scale, self.cu_seqlens
         if self.options.watch_logits:
-            self.seen.largest[self.number] = max_logits(q, key, cu, cu, scale)
+            self.seen.largest[self.number] = max_logits(q.detach(), key.detach(), cu, cu, scale)
         out, _ = kimi_ops.mla_prefill(
             q, key, value, cu, cu, self.longest, self.longest, scale, causal=True
         )
@@ -181,6 +189,11 @@ class _Run:
             normalize=config.norm_topk_prob,
         )
         self.seen.chosen[self.number] = ids.detach()
+        if self.options.balance:
+            scores = F.linear(x.float(), moe.gate.float()).sigmoid()
+            self.seen.balance_loss = self.seen.balance_loss + sequence_balance_loss(
+                scores, ids, self.cu_seqlens, self.options.balance
+            )
         routed = moe_experts(
             x,
             quantize(moe.gate_up),
