@@ -20,10 +20,14 @@ GRADIENTS = ("gate_up",)
 
 def through_silu_mul(dy: Tensor, gate_up: Tensor) -> Tensor:
     """``dgate_up [..., 2F]`` in the dtype of ``gate_up``."""
-    gate, up = widen(gate_up).chunk(2, dim=-1)
-    dy, s = widen(dy), gate.sigmoid()
-    dgate = dy * up * s * (1 + gate * (1 - s))
-    return torch.cat((dgate, dy * gate * s), dim=-1).to(gate_up.dtype)
+    wide, dy = widen(gate_up), widen(dy)
+    gate, up = wide.chunk(2, dim=-1)
+    # Written in place of a concatenation, which would cost as much as the arithmetic.
+    dgate_up = torch.empty_like(wide)
+    dgate, dup = dgate_up.chunk(2, dim=-1)
+    torch.mul(dy, torch.nn.functional.silu(gate), out=dup)
+    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+    return dgate_up.to(gate_up.dtype)
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], outputs: Tensor) -> None:
