@@ -27,8 +27,8 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 # The CPU library built with sanitizers, under the tests of its own backends: out-of-bounds accesses and
-# undefined behaviour, in the portable build and that for AVX-512; then data races, in the portable build,
-# since threads know nothing of instruction sets. The runtime of a sanitizer must be the first library of
+# undefined behaviour, in the portable build and of those for AVX-512 (without and with BF16) the ones that
+# the host runs; then data races, in the portable build, since threads know nothing of instruction sets. The runtime of a sanitizer must be the first library of
 # the process, and its report is on stderr, hence --capture=sys. Memory that intrinsics reach (masked
 # accesses, AMX tiles) is seen by neither: the portable build of the same text and the poison around the
 # tests' tensors stand in for that.
@@ -49,7 +49,7 @@ test-sanitize: venv build/sanitize/address build/sanitize/thread
 
 # CMake knows what has changed, so these are made every time.
 .PHONY: build/sanitize/address build/sanitize/thread
-build/sanitize/address: SANITIZE = address,undefined "-DKIMI_ISAS=scalar;avx512"
+build/sanitize/address: SANITIZE = address,undefined "-DKIMI_ISAS=scalar;avx512f;avx512"
 build/sanitize/thread: SANITIZE = thread -DKIMI_ISAS=scalar
 build/sanitize/address build/sanitize/thread: venv
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $@ -G Ninja -DCMAKE_CXX_COMPILER=$(CXX) \

@@ -40,10 +40,11 @@ typedef struct {
   int64_t inner, stride_outer, stride_inner;
 } kimi_rows;
 
-#define KIMI_OP(op, ...)                                                  \
-  KIMI_EXPORT int kimi_##op##_amx(const kimi_team* team, __VA_ARGS__);    \
-  KIMI_EXPORT int kimi_##op##_avx512(const kimi_team* team, __VA_ARGS__); \
-  KIMI_EXPORT int kimi_##op##_avx2(const kimi_team* team, __VA_ARGS__);   \
+#define KIMI_OP(op, ...)                                                   \
+  KIMI_EXPORT int kimi_##op##_amx(const kimi_team* team, __VA_ARGS__);     \
+  KIMI_EXPORT int kimi_##op##_avx512(const kimi_team* team, __VA_ARGS__);  \
+  KIMI_EXPORT int kimi_##op##_avx512f(const kimi_team* team, __VA_ARGS__); \
+  KIMI_EXPORT int kimi_##op##_avx2(const kimi_team* team, __VA_ARGS__);    \
   KIMI_EXPORT int kimi_##op##_scalar(const kimi_team* team, __VA_ARGS__)
 
 #ifdef __cplusplus
@@ -54,8 +55,8 @@ extern "C" {
 KIMI_EXPORT int kimi_abi_version(void);
 
 // The instruction sets that this host runs and the library has code for, best first, one space
-// between them: "amx" (avx512 with AMX-BF16), "avx512" (F, BW, VL, DQ, VNNI and BF16), "avx2" (with
-// FMA and F16C), "scalar". A static string.
+// between them: "amx" (avx512 with AMX-BF16), "avx512" (avx512f with VNNI and BF16), "avx512f" (F,
+// BW, VL and DQ), "avx2" (with FMA and F16C), "scalar". A static string.
 KIMI_EXPORT const char* kimi_cpu_isas(void);
 
 // Starts and joins threads at every call; where torch has no OpenMP, and for thread sanitizers.

@@ -74,8 +74,8 @@ def _open() -> ctypes.CDLL:
 
 @functools.cache
 def cpu_isas() -> tuple[str, ...]:
-    """Instruction sets that this host runs and the library has: amx, avx512, avx2, scalar; best
-    first."""
+    """Instruction sets that this host runs and the library has: amx, avx512, avx512f, avx2, scalar;
+    best first."""
     isas: bytes = _open().kimi_cpu_isas()
     return tuple(isas.decode().split())
 

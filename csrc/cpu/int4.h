@@ -116,6 +116,16 @@ inline F spread_scales(const float* scales, int64_t groups) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// -8 .. 7, to be looked up by nibble: the look-up takes the lowest four bits of a lane.
+inline F nibble_table() {
+  return (F)_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+inline F look_up(U lanes, F table) {
+  return (F)_mm512_permutexvar_ps((__m512i)lanes, (__m512)table);
+}
+#endif
+
 inline U load_words(const uint32_t* p) {
   U words;
   std::memcpy(&words, p, sizeof words);
@@ -130,7 +140,11 @@ inline void add_block(F (&sums)[R][T], const U (&words)[R], const float* const (
   for (int j = 0; j < 8; ++j) {
     F q[R];
     for (int r = 0; r < R; ++r) {
+#if defined(__AVX512F__)
+      q[r] = look_up(words[r] >> (4 * j), nibble_table());
+#else
       q[r] = __builtin_convertvector((I)((words[r] >> (4 * j)) & 15), F) - 8.0f;
+#endif
     }
     for (int t = 0; t < T; ++t) {
       const F xs = load(x[t] + at + j * W);

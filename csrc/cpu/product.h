@@ -127,6 +127,11 @@ inline void multiply(float* c, int64_t stride_c, const bf16* a, int64_t stride_a
 
 inline constexpr int kRows = W == 16 ? 12 : 6;  // of sums in registers, 2 W wide
 
+// Products that are summed one after the other; the sums of those are added up: a single chain of
+// hundreds would round more often than torch does.
+template <class O>
+inline constexpr int64_t kChain = kPairs<O> ? 128 : 32;
+
 // sums[R][2] += a[R][k] b[k][2 W], from one step of the depth on to the next. Without fused
 // multiply-adds in float64: each product would be rounded too, more often than torch does.
 #if defined(__FMA__)
@@ -166,20 +171,27 @@ inline void multiply_rows(F (&sums)[R][2], const float* a, int64_t stride_a, con
 template <int R>
 inline void multiply_rows(F (&sums)[R][2], const bf16* a, int64_t stride_a, const bf16* panel,
                           int64_t k) {
+#if !defined(__AVX512BF16__)
+  // Widened first, so that an element in all lanes is a load: made from a pair it takes two
+  // instructions of the units that multiply, for every two products.
+  alignas(64) float wide[R][kChain<bf16>];
+  for (int r = 0; r < R; ++r) {
+    for (int64_t i = 0; i < k; i += W) store(wide[r] + i, load(a + r * stride_a + i));
+  }
+#endif
   for (int64_t i = 0; i < k; i += 2) {
     U b0, b1;
     std::memcpy(&b0, panel + i * kPanel, sizeof b0);
     std::memcpy(&b1, panel + i * kPanel + 2 * W, sizeof b1);
     for (int r = 0; r < R; ++r) {
+#if defined(__AVX512BF16__)
       uint32_t pair;
       std::memcpy(&pair, a + r * stride_a + i, sizeof pair);
-#if defined(__AVX512BF16__)
       const auto x = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
       sums[r][0] = (F)_mm512_dpbf16_ps((__m512)sums[r][0], x, (__m512bh)b0);
       sums[r][1] = (F)_mm512_dpbf16_ps((__m512)sums[r][1], x, (__m512bh)b1);
 #else
-      const U word = U{} + pair;
-      const F even = (F)(word << 16), odd = (F)(word & 0xffff0000u);
+      const F even = splat(wide[r][i]), odd = splat(wide[r][i + 1]);
       sums[r][0] += even * (F)(b0 << 16);
       sums[r][0] += odd * (F)(b0 & 0xffff0000u);
       sums[r][1] += even * (F)(b1 << 16);
@@ -188,11 +200,6 @@ inline void multiply_rows(F (&sums)[R][2], const bf16* a, int64_t stride_a, cons
     }
   }
 }
-
-// Products that are summed one after the other; the sums of those are added up: a single chain of
-// hundreds would round more often than torch does.
-template <class O>
-inline constexpr int64_t kChain = kPairs<O> ? 128 : 32;
 
 template <int R, class O>
 inline void multiply_block(float* c, int64_t stride_c, const O* a, int64_t stride_a, const O* panel,

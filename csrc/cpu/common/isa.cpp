@@ -16,10 +16,14 @@ namespace {
          __builtin_cpu_supports("f16c");
 }
 
-[[maybe_unused]] bool has_avx512() {
+[[maybe_unused]] bool has_avx512f() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+[[maybe_unused]] bool has_avx512() {
+  return has_avx512f() && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16");
 }
 
 // Linux gives a process the tile registers when it asks for them (x86 "Using XSTATE features").
@@ -40,6 +44,9 @@ std::string find_isas() {
 #endif
 #ifdef KIMI_WITH_avx512
   if (has_avx512()) found += "avx512 ";
+#endif
+#ifdef KIMI_WITH_avx512f
+  if (has_avx512f()) found += "avx512f ";
 #endif
 #ifdef KIMI_WITH_avx2
   if (has_avx2()) found += "avx2 ";
