@@ -27,11 +27,11 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 # The CPU library built with sanitizers, under the tests of its own backends: out-of-bounds accesses and
-# undefined behaviour, in the portable build and of those for AVX-512 (without and with BF16) the ones that
-# the host runs; then data races, in the portable build, since threads know nothing of instruction sets. The runtime of a sanitizer must be the first library of
-# the process, and its report is on stderr, hence --capture=sys. Memory that intrinsics reach (masked
-# accesses, AMX tiles) is seen by neither: the portable build of the same text and the poison around the
-# tests' tensors stand in for that.
+# undefined behaviour, in the portable build and the wider of those for AVX-512 that this host runs; then
+# data races, in the portable build, since threads know nothing of instruction sets. The runtime of a
+# sanitizer must be the first library of the process, and its report is on stderr, hence --capture=sys.
+# Memory that intrinsics reach (masked accesses, AMX tiles) is seen by neither: the portable build of the
+# same text and the poison around the tests' tensors stand in for that.
 SANITIZE_TESTS = $(patsubst kimi_ops/cpu/%.py,tests/test_%.py,$(filter-out kimi_ops/cpu/_%,$(wildcard kimi_ops/cpu/*.py)))
 SANITIZE_RUN = OMP_NUM_THREADS=1 KIMI_OPS_CPU_LIBRARY=$(abspath build/sanitize)
 # GCC 12's libtsan stops where Linux places libraries as freely as new kernels do.
@@ -47,9 +47,11 @@ test-sanitize: venv build/sanitize/address build/sanitize/thread
 		$(SANITIZE_RUN)/thread/libkimi_ops_cpu.so \
 		$(FIXED_ADDRESSES) $(SANITIZE_PYTEST) --own-threads 3
 
+AVX512 = $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo),avx512,avx512f)
+
 # CMake knows what has changed, so these are made every time.
 .PHONY: build/sanitize/address build/sanitize/thread
-build/sanitize/address: SANITIZE = address,undefined "-DKIMI_ISAS=scalar;avx512f;avx512"
+build/sanitize/address: SANITIZE = address,undefined "-DKIMI_ISAS=scalar;$(AVX512)"
 build/sanitize/thread: SANITIZE = thread -DKIMI_ISAS=scalar
 build/sanitize/address build/sanitize/thread: venv
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $@ -G Ninja -DCMAKE_CXX_COMPILER=$(CXX) \
