@@ -228,17 +228,20 @@ class Log:
             file.write(json.dumps(entry) + "\n")
 
 
-def process(rank: int, world: int, rendezvous: str, *args: Any) -> None:
-    """One process: joins the others, and trains."""
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+def process(rank: int, world: int, meeting: Path, *args: Any) -> int:
+    """One process: joins the others, and trains; the exit code.
+
+    The others end with the first, which is the one that was started: its connections close.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
         train(rank, *args)
     except KimiError as error:
         if rank == 0:
             print(f"train: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        dist.destroy_process_group()
+        return 1
+    dist.destroy_process_group()
+    return 0
 
 
 def main() -> int:
@@ -254,11 +257,19 @@ def main() -> int:
     out, stop_after, world = (given.pop(name) for name in ("out", "stop_after", "processes"))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        args = (world, f"file://{folder}/meeting", out, Recipe(**given), stop_after)
-        try:
-            multiprocessing.spawn(process, args, nprocs=world)
-        except multiprocessing.ProcessExitedException as error:
-            return int(error.exit_code) or 1
+        args = (world, Path(folder) / "meeting", out, Recipe(**given), stop_after)
+        context = multiprocessing.get_context("spawn")
+        others = [
+            context.Process(target=process, args=(rank, *args), daemon=True)
+            for rank in range(1, world)
+        ]
+        for other in others:
+            other.start()
+        code = process(0, *args)
+        for other in others:
+            other.join()
+    if code:
+        return code
     plot_log(out / "log.jsonl", out / "loss.svg")
     return 0
 
