@@ -4,7 +4,7 @@ Pictures are drawn, or come from scikit-learn (handwritten digits) and scikit-im
 nothing is downloaded. A sample depends on its task, split, number and seed alone.
 """
 
-from kimi_ops.tasks.sample import SPLITS, Sample, Split, is_correct
 from kimi_ops.tasks.registry import TASKS, make_sample
+from kimi_ops.tasks.sample import SPLITS, Sample, Split, is_correct
 
 __all__ = ["SPLITS", "TASKS", "Sample", "Split", "is_correct", "make_sample"]
