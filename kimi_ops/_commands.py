@@ -57,6 +57,12 @@ def _bench() -> Command:
     return command.run
 
 
+def _eval() -> Command:
+    from kimi_ops.evaluate import command
+
+    return command.run
+
+
 def _generate() -> Command:
     from kimi_ops.model import generate_command
 
@@ -151,6 +157,13 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument(
         "--compare", metavar="FILE", help="bench.json of another run; exit code 1 if medians differ"
     )
+
+
+def _add_eval(commands: Any) -> None:
+    from kimi_ops.evaluate.command import add_arguments
+
+    what = "how many held-out samples of small tasks a checkpoint answers right"
+    add_arguments(_add(commands, "eval", _eval, what, None))
 
 
 def _add_generate(commands: Any) -> None:
@@ -270,6 +283,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_tune(commands)
     _add_bench(commands)
+    _add_eval(commands)
     _add_generate(commands)
     _add_inspect(commands)
     _add_make_checkpoint(commands)

@@ -21,8 +21,11 @@ from kimi_ops._commands import Command, check_combinations, make_parser
 from kimi_ops._dispatch import BackendError, parse_choice
 from kimi_ops.model.errors import KimiError
 
-# Top-level modules of the packages that `kimi-ops[model]` adds.
-MODEL_PACKAGES = ("av", "jinja2", "PIL", "regex", "safetensors", "tiktoken", "tqdm")
+# Top-level modules of the packages that an extra adds, `kimi-ops[model]`.
+PACKAGES = {
+    "model": ("av", "jinja2", "PIL", "regex", "safetensors", "tiktoken", "tqdm"),
+    "train": ("matplotlib", "skimage", "sklearn"),
+}
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -83,9 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KimiError as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in MODEL_PACKAGES:
+        top = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, names in PACKAGES.items() if top in names), None)
+        if extra is None:
             raise
-        return _refuse(f"{error.name} is not installed: pip install 'kimi-ops[model]'")
+        return _refuse(f"{top} is not installed: pip install 'kimi-ops[{extra}]'")
     except BackendError as error:
         return _refuse(error)
     except (MemoryError, RuntimeError) as error:
