@@ -15,7 +15,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		setuptools wheel build cmake ninja ruff clang-format mypy pre-commit types-tqdm
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check \
-		-c constraints.txt --no-build-isolation -e ".[model,test]"
+		-c constraints.txt --no-build-isolation -e ".[model,train,test]"
 	touch $@
 
 demo: venv

@@ -28,7 +28,12 @@ class DenseMLP(Parameters):
 
 
 class MixtureOfExperts(Parameters):
-    """Router, routed experts (int4, or in the model's dtype) and the shared expert."""
+    """Router, routed experts (int4, or in the model's dtype) and the shared expert.
+
+    Attributes:
+        on_route: None, or a function that is called with the ids ``[T, K]`` int32 that the router
+            has chosen, whichever backend it runs on; for whoever counts them.
+    """
 
     gate: Tensor  # [E, D]
     bias: Tensor  # [E] float32
@@ -51,6 +56,7 @@ class MixtureOfExperts(Parameters):
         super().__init__(specs, prefix, device)
         self.config = config
         self.quantized = f"{prefix}.gate_up_packed" in specs
+        self.on_route: Callable[[Tensor], None] | None = None
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MixtureOfExperts:
         # .half() and the like leave these alone: the bias is float32 by definition (its small steps
@@ -79,6 +85,8 @@ class MixtureOfExperts(Parameters):
         }
         if self.quantized:
             weights, ids = kimi_ops.moe_route(*router, **options)
+            if self.on_route is not None:
+                self.on_route(ids)
             return kimi_ops.moe_experts_int4(
                 x,
                 self.gate_up_packed,
@@ -90,7 +98,9 @@ class MixtureOfExperts(Parameters):
                 shared_gate_up=self.shared_gate_up,
                 shared_down=self.shared_down,
             )
-        weights, _, order, offsets = kimi_ops.moe_route_sort(*router, **options)
+        weights, ids, order, offsets = kimi_ops.moe_route_sort(*router, **options)
+        if self.on_route is not None:
+            self.on_route(ids)
         return self._unquantized(x, weights, order, offsets)
 
     def _unquantized(self, x: Tensor, weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
