@@ -10,7 +10,7 @@ from kimi_ops.model.config import KimiK25Config
 from kimi_ops.model.make_checkpoint import tiny_config
 from kimi_ops.tasks import TASKS, make_sample
 
-# Kimi K2.5's architecture with every part in small: 4 layers, the first dense, 8 of 64 experts
+# Kimi K2.5's architecture with every part in small: 4 layers, the first dense, 4 of 32 experts
 # and the shared one, latent attention with both low-rank projections, YaRN, MoonViT-3D.
 TEXT = {
     "vocab_size": 768,
@@ -19,8 +19,8 @@ TEXT = {
     "moe_intermediate_size": 32,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 8,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
     "q_lora_rank": 64,
     "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,
@@ -38,10 +38,10 @@ VISION = {
 # at a ratio that stays.
 MIXTURE = {
     "digits": 12,
-    "scenes": 14,
+    "scenes": 12,
     "photographs": 4,
     "clips": 10,
-    "sums": 4,
+    "sums": 6,
     "sums, instant": 2,
     "tool calls": 2,
     "tool results": 2,
@@ -69,10 +69,10 @@ class Recipe:
     lr: float = 4e-3
     weight_decay: float = 0.1
     warmup: int = 100
-    stable: int = 2600
-    decay: int = 1800
+    stable: int = 3000
+    decay: int = 2000
     final: float = 0.02
-    quantize_from: int = 3000
+    quantize_from: int = 3100
     balance: float = 1e-4
     bias_speed: float = 1e-3
     threshold: float = 100.0

@@ -63,7 +63,11 @@ class Run:
         self.model = KimiK25(self.config, dtype=torch.float32)
         initialize_(self.model, seed=recipe.seed)
         self.muon, self.adamw = make_optimizers(
-            self.model, self.config, lr=recipe.lr, weight_decay=recipe.weight_decay
+            self.model,
+            self.config,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            nesterov=True,  # as in the public code of the predecessor
         )
         factor = WarmupStableDecay(recipe.warmup, recipe.stable, recipe.decay, final=recipe.final)
         self.steps = factor.steps
