@@ -160,6 +160,7 @@ setup(
     package_data={
         "kimi_ops": ["py.typed"],
         "kimi_ops.model": ["configs/*.json", "*.jinja"],
+        "kimi_ops.checkpoints": ["tiny/*"],
         "kimi_ops.csrc": ["*.h", "cpu/**/*", "cuda/**/*"],
     },
     include_package_data=False,

@@ -1,14 +1,16 @@
 """The whole of Kimi K2.5 in one run, in miniature, and then every op checked on this machine.
 
-Makes a tiny checkpoint with random weights, answers a question about a picture, one about a clip,
-and one with a tool to call; then runs the hostile cases of each op against its float64 reference.
-Needs no download. Exit code 1 if an op is wrong.
+The small trained model that ships with the package reads a digit and a scene, names a photograph,
+follows a clip, works out a sum aloud, and calls a tool; then the hostile cases of each op run
+against its float64 reference. Needs no download. Exit code 1 if an op is wrong; wrong answers of
+the model are only said.
 """
 
 from __future__ import annotations
 
+import json
+import operator
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,97 +24,114 @@ from rich.table import Table
 from kimi_ops import op_names
 from kimi_ops._backends import BACKENDS, has_kernel
 from kimi_ops._dispatch import get_op
+from kimi_ops.checkpoints import TINY
 from kimi_ops.model import KimiK25
 from kimi_ops.model.conversation import PromptBuilder, answer
 from kimi_ops.model.generate import Sampling
 from kimi_ops.model.generate_command import Display
-from kimi_ops.model.make_checkpoint import make_checkpoint, tiny_config
 from kimi_ops.model.parameter_counts import parameter_counts
-from kimi_ops.model.random_files import random_checkpoint_files
+from kimi_ops.tasks.tools import CALCULATOR
 from kimi_ops.testing import cases, check_op
 
 MEDIA = Path(__file__).parent / "media"
-NEW_TOKENS = 48
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "The weather at a place.",
-            "parameters": {
-                "type": "object",
-                "properties": {"place": {"type": "string"}},
-                "required": ["place"],
-            },
-        },
-    }
+NEW_TOKENS = 96
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+# Question, the medium it is about, thinking mode, and the right answer. All of it is held out from
+# the training: of the photograph other crops were seen, of the sum neither this pair nor its swap.
+QUESTIONS: list[tuple[str, str | None, bool, str]] = [
+    ("Which digit is this?", "digit.png", False, "6"),
+    ("What is at the right?", "scene.png", False, "purple cross"),
+    ("What does the photograph show?", "photograph.png", False, "the moon"),
+    ("Which way does the triangle move?", "motion.gif", False, "down"),
+    ("What is 46 + 94?", None, True, "140"),
 ]
-# Title, thinking mode, tools, content of the user's message.
-TURNS: list[tuple[str, bool, list[dict[str, Any]] | None, list[dict[str, Any]]]] = [
-    (
-        "Instant mode, with a picture",
-        False,
-        None,
-        [
-            {"type": "image", "image": MEDIA / "picture.png"},
-            {"type": "text", "text": "What is in this picture?"},
-        ],
-    ),
-    (
-        "Thinking mode, with a clip (the reasoning is dim)",
-        True,
-        None,
-        [
-            {"type": "video", "video": MEDIA / "clip.mp4"},
-            {"type": "text", "text": "What happens in this clip?"},
-        ],
-    ),
-    (
-        "Text with a tool that may be called",
-        False,
-        TOOLS,
-        [{"type": "text", "text": "Will it rain in Oslo tomorrow?"}],
-    ),
-]
+CALCULATION = "What is 384 * 29?"
 
 
-def converse(console: Console) -> None:
-    """Makes the checkpoint and answers each of `TURNS`, streaming."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = tiny_config()
-        make_checkpoint(folder, config, tokenizer_files=random_checkpoint_files(config))
-        builder = PromptBuilder(folder)
-        model = KimiK25.from_pretrained(folder)
-    parameters, layers = parameter_counts(config)["total"], len(model.decoder_layers)
-    console.print(
-        f"A checkpoint in the released format: {parameters:,} parameters, {layers} layers. "
-        "[bold]Its weights are random, so the text below is noise[/bold]: what runs is the whole "
-        "path from pixels and text to text."
-    )
-    for title, thinking, tools, content in TURNS:
-        console.rule(title, align="left")
-        message = {"role": "user", "content": content}
-        prompt = builder.build([message], tools=tools, thinking=thinking)
-        console.print(f"[bold]you:[/bold] {content[-1]['text']}", highlight=False)
+class Speaker:
+    """The model, asked on the terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.builder = PromptBuilder(TINY)
+        self.model = KimiK25.from_pretrained(TINY)
+
+    def ask(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        thinking: bool,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Answers a conversation, streaming; the assistant's message."""
+        prompt = self.builder.build(messages, tools=tools, thinking=thinking)
         display = Display(sys.stdout)
         result = answer(
-            model,
-            builder.tokenizer,
+            self.model,
+            self.builder.tokenizer,
             prompt,
             thinking=thinking,
             max_new_tokens=NEW_TOKENS,
-            sampling=Sampling(temperature=1.0 if thinking else 0.6, top_p=0.95, seed=1),
+            sampling=Sampling(temperature=0),
             on_event=display.show,
         )
         display.end()
         generation = result.generation
         vision = sum(medium.tokens for medium in prompt.media.media)
-        console.print(
-            f"{generation.prompt_tokens} prompt tokens ({vision} of them vision), "
+        self.console.print(
+            f"[dim]{generation.prompt_tokens} prompt tokens ({vision} of them vision), "
             f"{generation.new_tokens} new tokens, {generation.tokens_per_second:.0f} tokens/s, "
-            f"finish reason: {result.message.finish_reason}",
-            highlight=False,
+            f"finish reason: {result.message.finish_reason}[/dim]",
         )
+        return result.message.to_message()
+
+
+def converse(console: Console) -> None:
+    """Asks everything, and says how much of it was answered right."""
+    speaker = Speaker(console)
+    parameters = parameter_counts(speaker.model.config)["total"]
+    console.print(
+        f"The small model of this package: {parameters:,} parameters, "
+        f"{len(speaker.model.decoder_layers)} layers, int4 experts, trained by "
+        "examples/train_tiny. It knows its few tasks and nothing else."
+    )
+    right = 0
+    for question, medium, thinking, expected in QUESTIONS:
+        console.rule(question + (f"  ({medium})" if medium else ""), align="left")
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if medium:
+            kind = "video" if medium.endswith(".gif") else "image"
+            content.insert(0, {"type": kind, kind: MEDIA / medium})
+        reply = speaker.ask([{"role": "user", "content": content}], thinking=thinking)
+        right += judge(console, reply["content"], expected)
+    right += calculate(speaker)
+    console.print(f"Answered right: {right} of {len(QUESTIONS) + 1}")
+
+
+def judge(console: Console, content: str, expected: str) -> bool:
+    """Whether an answer is the right one; says so."""
+    correct = content.strip() == expected
+    console.print("[green]right[/green]" if correct else f"[red]wrong[/red], it is {expected}")
+    return correct
+
+
+def calculate(speaker: Speaker) -> bool:
+    """Has the model call the calculator, works its expression out, and hands the result back."""
+    speaker.console.rule(f"{CALCULATION}  (with a calculator)", align="left")
+    messages: list[dict[str, Any]] = [{"role": "user", "content": CALCULATION}]
+    called = speaker.ask(messages, thinking=False, tools=[CALCULATOR])
+    calls = called.get("tool_calls", [])
+    if not calls:
+        return judge(speaker.console, "", "a call of the calculator")
+    expression = json.loads(calls[0]["function"]["arguments"]).get("expression", "")
+    a, sign, b = [*expression.split(), "", "", ""][:3]
+    if sign not in SIGNS or not (a.isdecimal() and b.isdecimal()):
+        return judge(speaker.console, "", "an expression of two numbers")
+    value = str(SIGNS[sign](int(a), int(b)))
+    speaker.console.print(f"calculator: {value}")
+    returned = {"role": "tool", "tool_call_id": calls[0]["id"], "content": value}
+    final = speaker.ask([*messages, called, returned], thinking=False, tools=[CALCULATOR])
+    return judge(speaker.console, final["content"], str(384 * 29))
 
 
 def verify(op: str, backend: str) -> tuple[tuple[str, ...], bool]:

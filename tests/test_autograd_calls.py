@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from op_calls import call, clone, op_args, tensors
 import kimi_ops
 from kimi_ops import _autograd
 from kimi_ops._dispatch import get_op
+from kimi_ops.autograd import _attention
 from kimi_ops.testing.inputs import vision
 
 F64, BF16 = torch.float64, torch.bfloat16
@@ -144,3 +146,33 @@ def test_view_that_negates_is_seen_as_such():
     x, weight = torch.randn(2, 4), torch.ones(4)
     found = kimi_ops.rms_norm(torch._neg_view(x), weight, 1e-5)
     assert torch.equal(found, kimi_ops.rms_norm(-x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_short_segments_together_equal_long_ones_alone(causal, with_lse, monkeypatch):
+    """Padded groups of segments against tile by tile, with empty ones and rows past the last."""
+    torch.manual_seed(0)
+    lengths_q, lengths_k = (3, 0, 17, 40, 1, 5), (3, 4, 20, 33, 9, 0)
+    cu_q, cu_k = ([sum(n[:i]) for i in range(7)] for n in (lengths_q, lengths_k))
+    q, k, v = (torch.randn(n, 4, w, dtype=torch.float64) for n, w in ((70, 24), (72, 24), (72, 16)))
+    dout, dlse = torch.randn(70, 4, 16, dtype=torch.float64), torch.randn(70, 4).double()
+    out, lse = torch.zeros_like(dout), torch.zeros(70, 4, dtype=torch.float64)
+    for (a, b), (c, d) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
+        offset = (d - c) - (b - a) if causal else None
+        lse[a:b] = _attention.log_sum_exp(q[a:b], k[c:d], 0.2, offset)
+        score = torch.einsum("nhw,mhw->hnm", q[a:b], k[c:d]) * 0.2
+        if causal:
+            hidden = torch.arange(d - c) > torch.arange(b - a)[:, None] + offset
+            score = score.masked_fill(hidden, -torch.inf)
+        out[a:b] = torch.einsum("hnm,mhv->nhv", score.softmax(-1).nan_to_num(), v[c:d])
+    found = []
+    for fits in (lambda segment: True, lambda segment: False):
+        monkeypatch.setattr(_attention, "_fits_a_tile", fits)
+        gradients = tuple(torch.full_like(x, torch.nan) for x in (q, k, v))
+        _attention.segment_gradients(
+            dout, dlse, q, k, v, out, lse if with_lse else None, cu_q, cu_k, 0.2, causal, gradients
+        )
+        found.append(gradients)
+    for together, alone in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kimi_ops.testing import assert_close_to_oracle
+from kimi_ops.testing.oracle import assert_no_lean
 
 ORACLE = torch.linspace(-4, 4, 64, dtype=torch.float64).view(4, 16)
 BASELINE = ORACLE.bfloat16()
@@ -70,3 +71,17 @@ def test_zero_where_the_oracle_is_zero():
     assert assert_close_to_oracle("y", zero, zero, zero.double()).error == 0
     with pytest.raises(AssertionError, match="over budget"):
         assert_close_to_oracle("y", zero + 1e-30, zero, zero.double())
+
+
+def test_lean_of_whole_rows_averages_out_over_rows_only():
+    """Rows off as a whole in plain torch too: a softmax's sum is rounded once for all of a row."""
+    torch.manual_seed(0)
+    exact = torch.rand(16, 512, dtype=torch.float64) + 0.5
+    signs = torch.tensor([1.0, -1.0] * 8, dtype=torch.float64)[:, None]
+    naive = 2e-7 * exact * signs
+    error = 2e-7 * exact * torch.where(torch.arange(16)[:, None] < 12, 1.0, -1.0)  # leans by 1e-7
+    assert_no_lean("y", error, naive, exact, 2.0**-24)
+    # Where plain torch's errors of the same size are independent of each other, that is a lean.
+    naive = naive.abs() * torch.randint(0, 2, exact.shape).mul(2).sub(1)
+    with pytest.raises(AssertionError, match="all errors lean to one side"):
+        assert_no_lean("y", error, naive, exact, 2.0**-24)

@@ -20,7 +20,7 @@ from kimi_ops.model.config import KimiK25Config
 from kimi_ops.model.kimi import KimiK25
 from kimi_ops.quant import int4
 
-LATENT_NORM_EPS = 1e-6  # transformers' own, whatever the config says
+LATENT_NORM_EPS = 1e-6  # transformers' own, whatever the config says; `their_model` sets it
 
 
 def their_model(model: KimiK25) -> Kimi_K25ForConditionalGeneration:
@@ -28,12 +28,15 @@ def their_model(model: KimiK25) -> Kimi_K25ForConditionalGeneration:
     theirs = Kimi_K25ForConditionalGeneration(_config(model.config)).float().eval()
     state = _state(model)
     theirs.load_state_dict(state, strict=True)
+    for layer in theirs.model.language_model.layers:
+        for norm in (layer.self_attn.q_a_layernorm, layer.self_attn.kv_a_layernorm):
+            assert norm.variance_epsilon == LATENT_NORM_EPS
+            norm.variance_epsilon = model.config.text_config.latent_norm_eps
     return theirs
 
 
 def _config(config: KimiK25Config) -> Kimi_K25Config:
     text, vision = config.text_config, config.vision_config
-    assert text.latent_norm_eps == LATENT_NORM_EPS
     rope = {"rope_type": "default", "rope_theta": text.rope_theta}
     if (scaling := text.rope_scaling) is not None:
         rope = {

@@ -29,9 +29,9 @@ TEXT = {
 }
 VISION = {
     "vt_num_hidden_layers": 3,
-    "vt_hidden_size": 144,
+    "vt_hidden_size": 96,
     "vt_num_attention_heads": 2,
-    "vt_intermediate_size": 288,
+    "vt_intermediate_size": 192,
 }
 
 # Conversations of a batch by task, even numbers: text and vision together from the first step on,
@@ -69,10 +69,10 @@ class Recipe:
     lr: float = 4e-3
     weight_decay: float = 0.1
     warmup: int = 100
-    stable: int = 3000
-    decay: int = 2000
+    stable: int = 2400
+    decay: int = 1600
     final: float = 0.02
-    quantize_from: int = 3100
+    quantize_from: int = 2500
     balance: float = 1e-4
     bias_speed: float = 1e-3
     threshold: float = 100.0

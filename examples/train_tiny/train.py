@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import tempfile
 import time
@@ -78,6 +77,13 @@ class Run:
             for layer in range(text.num_hidden_layers)
             if text.is_moe_layer(layer)
         }
+        # All gradients are views of one array, so that the processes add them up in one go.
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.gradient = torch.zeros(sum(p.numel() for p in self.trained.values()))
+        sizes = [p.numel() for p in self.trained.values()]
+        pieces = self.gradient.split(sizes)
+        for parameter, piece in zip(self.trained.values(), pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
         self.parts = {
             "model": self.model,
             "muon": self.muon,
@@ -99,17 +105,16 @@ class Run:
         logits, seen = forward(self.model, batch, options)
         loss = F.cross_entropy(logits, targets, reduction="sum") / count[0]
         (loss + seen.balance_loss / dist.get_world_size()).backward()
-        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        for gradient in gradients.values():
-            summed(gradient)
+        summed(self.gradient)
         total = summed(loss.detach())
-        named = {f"gradient of {name}": gradient for name, gradient in gradients.items()}
-        check_finite(number, {"loss": total, **named}, last_good=last_good)
-        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+        if not (total.isfinite() and self.gradient.isfinite().all()):
+            named = {f"gradient of {name}": p.grad for name, p in self.trained.items()}
+            check_finite(number, {"loss": total, **named}, last_good=last_good)
+        norm = float(torch.linalg.vector_norm(self.gradient))
         for optimizer, schedule in zip((self.muon, self.adamw), self.schedules, strict=True):
             optimizer.step()
-            optimizer.zero_grad()
             schedule.step()
+        self.gradient.zero_()
         for largest in seen.largest.values():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         clip_model_(self.model, seen.largest, threshold=self.recipe.threshold)
@@ -166,9 +171,8 @@ def exact(logits: Tensor, batch: Batch) -> dict[str, float]:
     return {task: int(n) / count for (task, count), n in zip(MIXTURE.items(), right, strict=True)}
 
 
-def builder_of(out: Path, config: KimiK25Config) -> PromptBuilder:
+def builder_of(folder: Path, config: KimiK25Config) -> PromptBuilder:
     """Template, tokenizer and preprocessing of the checkpoint that is to be."""
-    folder = out / "files"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
     for name, content in small_files(config, vocabulary_text()).items():
@@ -263,10 +267,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         args = (world, Path(folder) / "meeting", out, Recipe(**given), stop_after)
         context = multiprocessing.get_context("spawn")
-        others = [
-            context.Process(target=process, args=(rank, *args), daemon=True)
-            for rank in range(1, world)
-        ]
+        others = [context.Process(target=process, args=(rank, *args)) for rank in range(1, world)]
         for other in others:
             other.start()
         code = process(0, *args)

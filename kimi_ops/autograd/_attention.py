@@ -15,6 +15,7 @@ Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TypeAlias
@@ -115,21 +116,23 @@ def segment_gradients(
         gradient.zero_()
     spans = zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True)
     segments = [(slice(*n), slice(*m)) for n, m in spans]
-    short = [s for s in segments if _rows(s[0]) <= _QUERIES and _rows(s[1]) <= _KEYS]
-    long = [s for s in segments if s not in short] if len(short) < len(segments) else []
-    for n, m in long:
+    for n, m in itertools.filterfalse(_fits_a_tile, segments):
         offset = _rows(m) - _rows(n) if causal else None
         row = None if dlse is None else dlse[n]
         top = log_sum_exp(q[n], k[m], scale, offset) if lse is None else lse[n]
         found = attention_gradients(dout[n], row, q[n], k[m], v[m], out[n], top, scale, offset)
         for gradient, rows, value in zip(gradients, (n, m, m), found, strict=True):
             gradient[rows] = value
-    for group in _groups(short, q.shape[1]):
+    for group in _groups([*filter(_fits_a_tile, segments)], q.shape[1]):
         _together(dout, dlse, q, k, v, out, lse, group, scale, causal, gradients)
 
 
 def _rows(span: slice) -> int:
     return int(span.stop - span.start)
+
+
+def _fits_a_tile(segment: _Segment) -> bool:
+    return _rows(segment[0]) <= _QUERIES and _rows(segment[1]) <= _KEYS
 
 
 def _groups(segments: list[_Segment], heads: int) -> Iterator[list[_Segment]]:
