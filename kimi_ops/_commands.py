@@ -41,7 +41,7 @@ def _verify() -> Command:
     return lambda args: (
         compare.run(args.op)
         if args.compare
-        else verify.run(args.op, args.way, args.device, args.full)
+        else verify.run(args.op, args.way, args.device, full=args.full, quick=args.quick)
     )
 
 
@@ -111,8 +111,14 @@ def _add_verify(commands: Any) -> None:
         "--way", nargs="+", default=[], metavar="W", help="interpreted, sm_80, sm_90 (all)"
     )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--full", action="store_true", help="the large cases too: hours on a CPU")
-    parser.add_argument(
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--full", action="store_true", help="the large cases too: hours on a CPU")
+    extent.add_argument(
+        "--quick",
+        action="store_true",
+        help="only what runs on the device itself: on a CPU the CPU library, in a minute",
+    )
+    extent.add_argument(
         "--compare",
         action="store_true",
         help="one row per op: all backends on the cases that all of them take, on the CPU",

@@ -98,7 +98,7 @@ def test_gradients_are_the_slope_of_the_loss(batch):
         chosen = [p for n, p in model.named_parameters() if part in n and p.requires_grad]
         assert chosen
         assert all(p.grad is not None for p in chosen)
-        directions = [torch.randn_like(p) * p.std().clamp(min=1e-3) for p in chosen]
+        directions = [torch.randn_like(p) * float(p.detach().std() + 1e-3) for p in chosen]
         slope = sum(float((p.grad * d).sum()) for p, d in zip(chosen, directions, strict=True))
         ends = []
         with torch.no_grad():

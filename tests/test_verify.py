@@ -44,6 +44,22 @@ def test_each_way_has_a_row(few, capsys):
         assert row[8].partition(":")[0] in NAMES
 
 
+@pytest.mark.skipif(
+    get_op(OP).why_not("cpu", None) is not None, reason=str(get_op(OP).why_not("cpu", None))
+)
+def test_quick_runs_what_is_native_to_the_device_alone(few, capsys):
+    assert main(["verify", "--op", OP, "--quick"]) == 0
+    (_, row) = _cells(capsys)
+    assert row[:2] == [OP, "cpu on cpu"]
+    assert row[4:7] == ["3", "", ""]
+
+
+def test_quick_without_the_cpu_library_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(get_op(OP), "why_not", lambda backend, args: "no library")
+    assert main(["verify", "--op", OP, "--quick"]) == 2
+    assert "nothing runs here: no library" in capsys.readouterr().err
+
+
 def test_a_wrong_kernel_is_named_and_the_exit_code_is_1(few, monkeypatch, capsys):
     module = get_op(OP).load("triton")
 

@@ -1,9 +1,17 @@
-"""The log of a run as a picture."""
+"""Logs of runs as pictures.
+
+    python examples/train_tiny/plot.py PICTURE LABEL=LOG ...
+
+draws the largest attention logit of several runs, to see what QK-Clip does.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -20,9 +28,26 @@ def _smooth(values: list[float]) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
+def _entries(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def plot_logits(logs: Mapping[str, Path], picture: Path) -> None:
+    """The largest attention logit by step, of each run by its label."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for label, log in logs.items():
+        axis.plot([entry["largest logit"] for entry in _entries(log)], label=label)
+    axis.set_xlabel("step")
+    axis.set_ylabel("largest attention logit, before the step's clip")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(picture, metadata={"Date": None})
+    plt.close(figure)
+
+
 def plot_log(log: Path, picture: Path) -> None:
     """Loss, share of right conversations by task, largest attention logit and balance."""
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = _entries(log)
     if not entries:
         return
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
@@ -42,3 +67,10 @@ def plot_log(log: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(picture, metadata={"Date": None})
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    plot_logits(
+        {label: Path(log) for label, _, log in (a.partition("=") for a in sys.argv[2:])},
+        Path(sys.argv[1]),
+    )

@@ -69,10 +69,10 @@ class Recipe:
     lr: float = 4e-3
     weight_decay: float = 0.1
     warmup: int = 100
-    stable: int = 2400
-    decay: int = 1600
+    stable: int = 3400
+    decay: int = 2000
     final: float = 0.02
-    quantize_from: int = 2500
+    quantize_from: int = 3500
     balance: float = 1e-4
     bias_speed: float = 1e-3
     threshold: float = 100.0

@@ -168,7 +168,7 @@ def verify_backend(op: str, backend: str, device: str, *, full: bool = False) ->
 
 
 def _outcomes(
-    ops: Sequence[str], ways: Sequence[str], device: str, full: bool
+    ops: Sequence[str], ways: Sequence[str], device: str, full: bool, quick: bool
 ) -> Iterator[Outcome]:
     for op in ops:
         for backend in _NATIVE[device.split(":")[0]]:
@@ -177,12 +177,12 @@ def _outcomes(
             # The CPU library may be absent; on a GPU what does not run was not verified.
             if device != "cpu" or get_op(op).why_not(backend, None) is None:
                 yield verify_backend(op, backend, device, full=full)
-        for way in ways_of(op) if device == "cpu" else ():
+        for way in ways_of(op) if device == "cpu" and not quick else ():
             if not ways or {way.name, way.name.partition("[")[2].rstrip("]")} & set(ways):
                 yield verify_way(op, way, full=full)
 
 
-def _problem(ops: Sequence[str], ways: Sequence[str], device: str) -> str | None:
+def _problem(ops: Sequence[str], ways: Sequence[str], device: str, quick: bool) -> str | None:
     """Why a request cannot be carried out."""
     if unknown := sorted(set(ops) - set(op_names())):
         return f"unknown op {unknown[0]!r}; there are {', '.join(op_names())}"
@@ -197,6 +197,9 @@ def _problem(ops: Sequence[str], ways: Sequence[str], device: str) -> str | None
         return "there is no CUDA device here; without one the kernels run in ways: --device cpu"
     if device != "cpu" and (torch.device(device).index or -1) >= torch.cuda.device_count():
         return f"there is no {device} here; there are {torch.cuda.device_count()} CUDA devices"
+    if device == "cpu" and quick:
+        missing = [get_op(op).why_not("cpu", None) for op in ops or op_names()]
+        return f"nothing runs here: {missing[0]}" if all(missing) else None
     if device == "cpu" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.4'"
     there = {way.name for op in ops or op_names() for way in ways_of(op)}
@@ -205,7 +208,9 @@ def _problem(ops: Sequence[str], ways: Sequence[str], device: str) -> str | None
     return None
 
 
-def run(ops: Sequence[str], ways: Sequence[str], device: str, full: bool) -> int:
+def run(
+    ops: Sequence[str], ways: Sequence[str], device: str, *, full: bool = False, quick: bool = False
+) -> int:
     """Runs and prints a table in Markdown, line by line as the outcomes come.
 
     Args:
@@ -213,12 +218,13 @@ def run(ops: Sequence[str], ways: Sequence[str], device: str, full: bool) -> int
         ways: names of `WAYS`, or what stands in their brackets; all of them if empty.
         device: "cpu", "cuda" or "cuda:N".
         full: the large cases too.
+        quick: only what runs on the device itself; on the CPU its own kernels, without the ways.
 
     Returns:
         0 all went through, 1 a case went wrong or a backend cannot run at all, 2 the request could
         not be carried out.
     """
-    if problem := _problem(ops, ways, device):
+    if problem := _problem(ops, ways, device, quick):
         print(f"kimi-ops verify: {problem}", file=sys.stderr)
         return 2
     versions = [f"kimi-ops {__version__}", f"torch {torch.__version__}"]
@@ -229,7 +235,7 @@ def run(ops: Sequence[str], ways: Sequence[str], device: str, full: bool) -> int
     wrong: list[str] = []
     declined: list[str] = []
     passed = 0
-    for outcome in _outcomes(ops or op_names(), ways, device, full):
+    for outcome in _outcomes(ops or op_names(), ways, device, full, quick):
         print(f"| {' | '.join(outcome.row())} |", flush=True)
         passed += len(outcome.passed)
         if outcome.cannot_run:

@@ -25,6 +25,7 @@ from kimi_ops.model.kimi import KimiK25
 from kimi_ops.model.language import DecoderLayer
 from kimi_ops.model.moe import MixtureOfExperts
 from kimi_ops.model.rope import rotate
+from kimi_ops.reference import widen
 from kimi_ops.train.balance import sequence_balance_loss
 from kimi_ops.train.examples import IGNORED, Batch
 from kimi_ops.train.experts import moe_experts
@@ -190,7 +191,8 @@ class _Run:
         )
         self.seen.chosen[self.number] = ids.detach()
         if self.options.balance:
-            scores = F.linear(x.float(), moe.gate.float()).sigmoid()
+            wide = widen(x)
+            scores = F.linear(wide, moe.gate.to(wide.dtype)).sigmoid()
             self.seen.balance_loss = self.seen.balance_loss + sequence_balance_loss(
                 scores, ids, self.cu_seqlens, self.options.balance
             )
