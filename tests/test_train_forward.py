@@ -185,14 +185,14 @@ def test_what_a_forward_sees(batch):
 
 def test_lessons_depend_on_their_number_alone(builder):
     mixture = {"sums": 2, "scenes": 1}
-    first, again = (Lessons(builder, mixture, 5) for _ in range(2))
+    first, again = (Lessons(builder, lambda number: mixture, 5) for _ in range(2))
     _ = again[3]
     for name in ("ids", "targets", "cu_seqlens", "pixel_values", "grid_thws"):
         assert torch.equal(getattr(first[1], name), getattr(again[1], name)), name
     assert not torch.equal(first[0].ids, first[1].ids)
     assert len(first) == 5
     assert len(first[2].cu_seqlens) == 4
-    other = Lessons(builder, mixture, 5, seed=1)
+    other = Lessons(builder, lambda number: mixture, 5, seed=1)
     assert not torch.equal(first[0].ids, other[0].ids)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ matplotlib.rcParams["svg.hashsalt"] = "kimi-ops"  # the same log gives the same 
 WINDOW = 50  # steps that a curve is averaged over
 
 
-def _smooth(values: list[float]) -> np.ndarray:
+def _smooth(values: Sequence[float]) -> np.ndarray:
     window = min(WINDOW, len(values))
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
@@ -54,8 +54,10 @@ def plot_log(log: Path, picture: Path) -> None:
     (loss, right), (largest, balance) = axes
     loss.semilogy(_smooth([entry["loss"] for entry in entries]))
     loss.set_title("cross entropy of the answers")
-    for task in entries[0]["right"]:
-        right.plot(_smooth([entry["right"][task] for entry in entries]), label=task)
+    for task in entries[-1]["right"]:
+        found = [(e["step"], e["right"][task]) for e in entries if task in e["right"]]
+        steps, shares = zip(*found, strict=True)
+        right.plot(_smooth(steps), _smooth(shares), label=task)
     right.set_title("conversations without a wrong token (training, before the step)")
     right.legend(fontsize=8)
     largest.plot([entry["largest logit"] for entry in entries], linewidth=0.5)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from plot import plot_log
-from recipe import MIXTURE, Recipe, build_config, vocabulary_text
+from recipe import Recipe, build_config, vocabulary_text
 from torch import Tensor, multiprocessing
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -134,7 +135,7 @@ class Run:
             "largest logit": max(float(x.max()) for x in seen.largest.values()),
             "violation": worst,
             "tokens": int(count[1]),
-            "right": exact(logits.detach(), batch),
+            "right": exact(logits.detach(), batch, self.recipe.mixture(number)),
         }
 
     def save(self) -> None:
@@ -160,15 +161,15 @@ def summed(x: Tensor) -> Tensor:
     return x
 
 
-def exact(logits: Tensor, batch: Batch) -> dict[str, float]:
+def exact(logits: Tensor, batch: Batch, mixture: dict[str, int]) -> dict[str, float]:
     """Share of all processes' conversations, by task, in which every target is the likeliest."""
     has_target = batch.targets != IGNORED
     wrong = torch.zeros(len(batch.ids), dtype=torch.int64)
     wrong[has_target] = (logits.argmax(-1) != batch.targets[has_target]).long()
     faults = F.pad(wrong.cumsum(0), (1, 0))[batch.cu_seqlens.long()].diff()
-    counts = [count // dist.get_world_size() for count in MIXTURE.values()]
+    counts = [count // dist.get_world_size() for count in mixture.values()]
     right = summed(torch.stack([(part == 0).sum() for part in faults.split(counts)]))
-    return {task: int(n) / count for (task, count), n in zip(MIXTURE.items(), right, strict=True)}
+    return {task: int(n) / count for (task, count), n in zip(mixture.items(), right, strict=True)}
 
 
 def builder_of(folder: Path, config: KimiK25Config) -> PromptBuilder:
@@ -180,11 +181,17 @@ def builder_of(folder: Path, config: KimiK25Config) -> PromptBuilder:
     return PromptBuilder(folder)
 
 
+def part_of_mixture(recipe: Recipe, world: int, number: int) -> dict[str, int]:
+    """Samples by task of one process's part, where ``number`` counts those of all processes."""
+    return recipe.mixture(number // world, world)
+
+
 def batches(builder: PromptBuilder, recipe: Recipe, first: int, last: int) -> Iterator[Batch]:
     """This process's part of the batches from number ``first`` on, made ahead in another one."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    mixture = {task: count // world for task, count in MIXTURE.items()}
-    lessons = Lessons(builder, mixture, last * world, seed=recipe.seed)
+    lessons = Lessons(
+        builder, partial(part_of_mixture, recipe, world), last * world, seed=recipe.seed
+    )
     mine = range(first * world + rank, last * world, world)
     return iter(DataLoader(lessons, batch_size=None, sampler=mine, num_workers=1))
 

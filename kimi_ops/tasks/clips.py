@@ -5,6 +5,8 @@ Held-out clips are drawn from other random numbers than those of training.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kimi_ops.tasks.sample import Clip, Rng, Sample, Split, ask, reply
 from kimi_ops.tasks.shapes import COLOURS, SHAPES, draw, ground
 
@@ -12,8 +14,46 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SIZE = 16.0  # pixels, of a shape
 
 
+@dataclass(frozen=True)
+class Motion:
+    """A clip, and what is to be seen on it.
+
+    Attributes:
+        clip: two to eight frames.
+        shape, colour: of what moves.
+        direction: a key of `DIRECTIONS`.
+        first, last: (row, column) of the third of the picture, 1 to 3, where its centre is in the
+            first and in the last frame.
+    """
+
+    clip: Clip
+    shape: str
+    colour: str
+    direction: str
+    first: tuple[int, int]
+    last: tuple[int, int]
+
+
 def make(rng: Rng, split: Split, several: bool) -> Sample:
-    """A clip of two to eight frames; which way does it move?"""
+    """Which way does it move? In training also: what colour is it?"""
+    motion = _motion(rng)
+    messages = [ask(f"Which way does the {motion.shape} move?", motion.clip)]
+    messages.append(reply(motion.direction))
+    if several:
+        messages += [ask(f"What colour is the {motion.shape}?"), reply(motion.colour)]
+    return Sample("clips", messages)
+
+
+def make_thinking(rng: Rng, split: Split, several: bool) -> Sample:
+    """Which way does it move, after saying from where to where."""
+    motion = _motion(rng)
+    reasoning = "from {},{} to {},{}.".format(*motion.first, *motion.last)
+    question = ask(f"Which way does the {motion.shape} move?", motion.clip)
+    messages = [question, reply(motion.direction, reasoning)]
+    return Sample("clips, thinking", messages, thinking=True)
+
+
+def _motion(rng: Rng) -> Motion:
     frames = int(rng.integers(2, 9))
     sides = rng.integers(48, 85, 2)
     shape, still = (str(name) for name in rng.choice(SHAPES, 2, replace=False))
@@ -45,7 +85,10 @@ def make(rng: Rng, split: Split, several: bool) -> Sample:
         image = empty.copy()
         draw(image, shape, colour, place[0], place[1], SIZE)
         pictures.append(image)
-    messages = [ask(f"Which way does the {shape} move?", Clip(tuple(pictures))), reply(word)]
-    if several:
-        messages += [ask(f"What colour is the {shape}?"), reply(colour)]
-    return Sample("clips", messages)
+    ends = []
+    for done in (0, 1) if forward else (1, 0):
+        place = list(first)
+        place[along] = start + distance * done
+        thirds = [1 + int(3 * (x + SIZE / 2) / side) for x, side in zip(place, sides, strict=True)]
+        ends.append((thirds[1], thirds[0]))
+    return Motion(Clip(tuple(pictures)), shape, colour, word, ends[0], ends[1])

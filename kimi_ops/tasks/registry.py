@@ -19,6 +19,7 @@ TASKS: Mapping[str, Maker] = {
     "scenes": scenes.make,
     "photographs": photographs.make,
     "clips": clips.make,
+    "clips, thinking": clips.make_thinking,
     "sums": sums.make_thinking,
     "sums, instant": sums.make_instant,
     "tool calls": tools.make_call,

@@ -185,16 +185,21 @@ class Lessons(Dataset[Batch]):
 
     Args:
         builder: template, tokenizer and preprocessing of the checkpoint to be.
-        mixture: samples per batch by task.
+        mixture: gives the samples by task of a batch, from its number.
         batches: length of the run.
         seed: of the samples.
     """
 
     def __init__(
-        self, builder: PromptBuilder, mixture: Mapping[str, int], batches: int, *, seed: int = 0
+        self,
+        builder: PromptBuilder,
+        mixture: Callable[[int], Mapping[str, int]],
+        batches: int,
+        *,
+        seed: int = 0,
     ) -> None:
         self.encoder = Encoder(builder)
-        self.mixture, self.batches, self.seed = dict(mixture), batches, seed
+        self.mixture, self.batches, self.seed = mixture, batches, seed
 
     def __len__(self) -> int:
         return self.batches
@@ -205,7 +210,7 @@ class Lessons(Dataset[Batch]):
                 self.encoder(
                     make_sample(task, "train", number * count + i, seed=self.seed, several=True)
                 )
-                for task, count in self.mixture.items()
+                for task, count in self.mixture(number).items()
                 for i in range(count)
             ]
         )
