@@ -248,6 +248,38 @@ def test_clips_move_as_they_are_said_to():
     assert 15 < rests < 60
 
 
+def test_clips_are_followed_aloud_from_third_to_third():
+    places = set()
+    for number in range(60):
+        sample = make_sample("clips, thinking", SPLITS[number % 2], number)
+        assert sample.thinking
+        (clip,) = media_of(sample)
+        ((_, word),) = turns_of(sample)
+        pattern = r"from (\d),(\d) to (\d),(\d)\."
+        said = [int(n) for n in re.fullmatch(pattern, sample.answer["reasoning_content"]).groups()]
+        first, last = (
+            {thing.colour: thing for thing in task_pictures.seen(frame)}
+            for frame in (clip.frames[0], clip.frames[-1])
+        )
+        (moved,) = [colour for colour in first if first[colour] != last[colour]]
+        width, height = clip.frames[0].size
+        seen = [
+            pair
+            for thing in (first[moved], last[moved])
+            for pair in (
+                ((thing.top + thing.bottom) / 2, height),
+                ((thing.left + thing.right) / 2, width),
+            )
+        ]
+        for place, (middle, side) in zip(said, seen, strict=True):
+            # The edge of a third may pass through the middle pixel.
+            assert abs(middle - (2 * place - 1) / 6 * side) <= side / 6 + 1
+        direction = (said[2] - said[0], said[3] - said[1])
+        assert np.dot(direction, DIRECTIONS[word]) >= 0
+        places.add(tuple(said))
+    assert len(places) > 10
+
+
 def test_photographs_are_crops_of_the_named_one():
     import skimage.data
 
