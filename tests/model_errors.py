@@ -8,7 +8,7 @@ prints what each costs the shipped model, by task.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -42,7 +42,7 @@ def bias_in_the_weights(patch: pytest.MonkeyPatch, model: KimiK25) -> None:
 
 
 def x_and_y_exchanged(patch: pytest.MonkeyPatch, model: KimiK25) -> None:
-    """The pairs that turn with the column turn with the row, and the other way round."""
+    """Rows and columns are taken for each other: in the rotation and in the position table."""
 
     def exchange(qkv: Tensor) -> Tensor:
         pairs = qkv[:, :2].unflatten(-1, (-1, 2, 2))  # (column, row) by frequency
@@ -55,6 +55,7 @@ def x_and_y_exchanged(patch: pytest.MonkeyPatch, model: KimiK25) -> None:
 
     original = kimi_ops.vision_rope
     patch.setattr(kimi_ops, "vision_rope", rope)
+    model.vision.pos_emb.data = model.vision.pos_emb.data.transpose(0, 1).contiguous()
 
 
 def no_yarn_scale(patch: pytest.MonkeyPatch, model: KimiK25) -> None:
@@ -71,8 +72,11 @@ def nibbles_swapped(patch: pytest.MonkeyPatch, model: KimiK25) -> None:
             x.copy_((x >> 4) | (x << 4))
 
 
-def mask_off_by_one(patch: pytest.MonkeyPatch, model: KimiK25) -> None:
-    """A token of a prompt does not see itself (the first one sees nothing)."""
+def _masked(seen_more: int) -> Plant:
+    """Query i of a prompt sees the keys up to i + seen_more, where it should see those up to i."""
+
+    def plant(patch: pytest.MonkeyPatch, model: KimiK25) -> None:
+        patch.setattr(kimi_ops, "mla_prefill", prefill)
 
     def prefill(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, *others: Any, **options: Any) -> Any:
         cu_k, _, _, scale = others
@@ -81,26 +85,28 @@ def mask_off_by_one(patch: pytest.MonkeyPatch, model: KimiK25) -> None:
         for (a, b), (c, d) in spans:
             score = torch.einsum("nhw,mhw->hnm", q[a:b].float(), k[c:d].float()) * scale
             if options["causal"]:
-                seen = torch.arange(d - c) <= torch.arange(b - a)[:, None] + (d - c) - (b - a) - 1
-                score = score.masked_fill(~seen, -torch.inf)
+                last = torch.arange(b - a)[:, None] + (d - c) - (b - a) + seen_more
+                score = score.masked_fill(torch.arange(d - c) > last, -torch.inf)
             lse[a:b] = score.logsumexp(-1).T.to(lse.dtype)
             share = score.softmax(-1).nan_to_num()
             out[a:b] = torch.einsum("hnm,mhv->nhv", share, v[c:d].float()).to(out.dtype)
         return out, lse.float()
 
-    patch.setattr(kimi_ops, "mla_prefill", prefill)
+    return plant
 
 
-# What is planted, and the task that it strikes hardest.
-ERRORS: dict[str, tuple[Plant, str]] = {
-    "bias in the routing weights": (bias_in_the_weights, "scenes"),
-    "x and y exchanged": (x_and_y_exchanged, "scenes"),
+# What is planted, and the task that it strikes hardest; None where none loses ten points.
+ERRORS: Mapping[str, tuple[Plant, str | None]] = {
+    "bias in the routing weights": (bias_in_the_weights, None),
+    "x and y exchanged": (x_and_y_exchanged, None),
     "no YaRN scale": (no_yarn_scale, "sums"),
-    "nibbles swapped": (nibbles_swapped, "scenes"),
-    "causal mask off by one": (mask_off_by_one, "sums"),
+    "nibbles swapped": (nibbles_swapped, "sums"),
+    "causal mask off by one, seen too little": (_masked(-1), None),
+    "causal mask off by one, seen too much": (_masked(1), None),
 }
-# Right answers of 50, as a share, that the shipped model must have at least.
-EXPECTED = dict.fromkeys(TASKS, 0.9)
+# Right answers of 50, as a share, that the shipped model must have at least: what it had where it
+# was trained (kimi_ops/checkpoints/tiny/README.md), less a few near ties.
+EXPECTED = dict.fromkeys(TASKS, 0.94) | {"scenes": 0.8, "clips": 0.6, "clips, thinking": 0.74}
 
 
 def main() -> None:

@@ -42,8 +42,8 @@ def test_every_expert_is_asked(model, encoder):
         for task in TASKS:
             list(answered(model, encoder, task, 8))
     for layer in to_json(loads):
-        assert layer["least"] > 0
-        assert layer["largest"] < 8
+        assert layer["least"] > 0.25
+        assert layer["largest"] < 4
 
 
 @torch.no_grad()
@@ -77,9 +77,9 @@ def test_transformers_gives_the_same_answers(encoder):
             assert tokens
 
 
-@pytest.mark.parametrize("error", model_errors.ERRORS)
+@pytest.mark.parametrize("error", [name for name, (_, task) in model_errors.ERRORS.items() if task])
 def test_a_wrong_kernel_costs_accuracy(encoder, error, monkeypatch):
-    """On the task that it strikes hardest, at least ten points."""
+    """On the task that it strikes hardest, at least ten points; not all of them do."""
     model = KimiK25.from_pretrained(TINY)
     plant, task = model_errors.ERRORS[error]
     before = share(model, encoder, task)

@@ -25,7 +25,6 @@ SHORT = [
     "--save-every",
     "1",
 ]
-FILES = ("model-00001-of-00001.safetensors", "config.json", "tiktoken.model", "chat_template.jinja")
 
 
 def train(folder, *options: str, code: int = 0) -> str:
@@ -70,7 +69,10 @@ def test_a_run_in_pieces_has_the_same_bits(whole, tmp_path):
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 2, "of": "a step that was killed before its state was saved"}\n')
     train(tmp_path)
-    for name in FILES:
+    written = sorted(file.name for file in (whole / "int4").iterdir())
+    assert "config.json" in written
+    assert "tiktoken.model" in written
+    for name in written:
         assert (tmp_path / "int4" / name).read_bytes() == (whole / "int4" / name).read_bytes(), name
     lines = [(folder / "log.jsonl").read_text().splitlines() for folder in (tmp_path, whole)]
     for mine, other in zip(*lines, strict=True):

@@ -25,7 +25,7 @@ WINDOW = 50  # steps that a curve is averaged over
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
     window = min(WINDOW, len(values))
-    return np.convolve(values, np.ones(window) / window, mode="valid")
+    return np.convolve(values, np.ones(window) / window, mode="valid")[:: max(1, window // 5)]
 
 
 def _entries(log: Path) -> list[dict[str, Any]]:
@@ -52,17 +52,18 @@ def plot_log(log: Path, picture: Path) -> None:
         return
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     (loss, right), (largest, balance) = axes
-    loss.semilogy(_smooth([entry["loss"] for entry in entries]))
+    steps = [entry["step"] for entry in entries]
+    loss.semilogy(_smooth(steps), _smooth([entry["loss"] for entry in entries]))
     loss.set_title("cross entropy of the answers")
     for task in entries[-1]["right"]:
         found = [(e["step"], e["right"][task]) for e in entries if task in e["right"]]
-        steps, shares = zip(*found, strict=True)
-        right.plot(_smooth(steps), _smooth(shares), label=task)
+        where, shares = zip(*found, strict=True)
+        right.plot(_smooth(where), _smooth(shares), label=task)
     right.set_title("conversations without a wrong token (training, before the step)")
     right.legend(fontsize=8)
-    largest.plot([entry["largest logit"] for entry in entries], linewidth=0.5)
+    largest.plot(_smooth(steps), _smooth([entry["largest logit"] for entry in entries]))
     largest.set_title("largest attention logit")
-    balance.plot(_smooth([entry["violation"] for entry in entries]))
+    balance.plot(_smooth(steps), _smooth([entry["violation"] for entry in entries]))
     balance.set_title("largest load of an expert over the mean, less 1")
     for axis in axes.flat:
         axis.set_xlabel("step")

@@ -151,8 +151,7 @@ class Run:
             for matrix in ("gate_up", "down"):
                 name = f"language.layers.{layer}.moe.{matrix}"
                 packed[f"{name}_packed"], packed[f"{name}_scale"] = int4.quantize(packed.pop(name))
-        one_file = {"max_shard_bytes": 2**30}
-        save_checkpoint(self.out / "int4", config, packed, **options, **one_file)
+        save_checkpoint(self.out / "int4", config, packed, **options)
 
 
 def summed(x: Tensor) -> Tensor:
