@@ -59,7 +59,7 @@ def plot_log(log: Path, picture: Path) -> None:
         found = [(e["step"], e["right"][task]) for e in entries if task in e["right"]]
         where, shares = zip(*found, strict=True)
         right.plot(_smooth(where), _smooth(shares), label=task)
-    right.set_title("conversations without a wrong token (training, before the step)")
+    right.set_title("share of training conversations without a wrong token")
     right.legend(fontsize=8)
     largest.plot(_smooth(steps), _smooth([entry["largest logit"] for entry in entries]))
     largest.set_title("largest attention logit")
