@@ -111,14 +111,13 @@ def _add_verify(commands: Any) -> None:
         "--way", nargs="+", default=[], metavar="W", help="interpreted, sm_80, sm_90 (all)"
     )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--full", action="store_true", help="the large cases too: hours on a CPU")
-    extent.add_argument(
+    parser.add_argument("--full", action="store_true", help="the large cases too: hours on a CPU")
+    parser.add_argument(
         "--quick",
         action="store_true",
         help="only what runs on the device itself: on a CPU the CPU library, in a minute",
     )
-    extent.add_argument(
+    parser.add_argument(
         "--compare",
         action="store_true",
         help="one row per op: all backends on the cases that all of them take, on the CPU",
@@ -299,8 +298,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_combinations(args: argparse.Namespace) -> None:
     """What one option alone cannot tell; exits with a usage error."""
-    alone = args.command != "verify" or not (args.way or args.full or args.device != "cpu")
-    if not alone and args.compare:
+    if args.command != "verify":
+        return
+    if args.quick and (args.way or args.full or args.compare):
+        args.usage_error("--quick goes with --op and --device alone")
+    if args.compare and (args.way or args.full or args.device != "cpu"):
         args.usage_error("--compare goes with --op alone")
     if args.command != "generate":
         return

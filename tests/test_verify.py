@@ -54,6 +54,14 @@ def test_quick_runs_what_is_native_to_the_device_alone(few, capsys):
     assert row[4:7] == ["3", "", ""]
 
 
+@pytest.mark.parametrize("more", [["--way", "sm_80"], ["--full"], ["--compare"]])
+def test_quick_takes_ops_and_a_device_alone(more, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", "--quick", *more])
+    assert caught.value.code == 2
+    assert "--quick goes with --op and --device alone" in capsys.readouterr().err
+
+
 def test_quick_without_the_cpu_library_says_so(monkeypatch, capsys):
     monkeypatch.setattr(get_op(OP), "why_not", lambda backend, args: "no library")
     assert main(["verify", "--op", OP, "--quick"]) == 2
