@@ -298,11 +298,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_combinations(args: argparse.Namespace) -> None:
     """What one option alone cannot tell; exits with a usage error."""
-    if args.command != "verify":
-        return
-    if args.quick and (args.way or args.full or args.compare):
+    verify = args.command == "verify"
+    if verify and args.quick and (args.way or args.full or args.compare):
         args.usage_error("--quick goes with --op and --device alone")
-    if args.compare and (args.way or args.full or args.device != "cpu"):
+    if verify and args.compare and (args.way or args.full or args.device != "cpu"):
         args.usage_error("--compare goes with --op alone")
     if args.command != "generate":
         return
