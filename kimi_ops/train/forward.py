@@ -128,9 +128,9 @@ class _Run:
         normal, residual = kimi_ops.add_rms_norm(
             attended, residual, layer.post_attention_layernorm, layer.eps
         )
-        return (
-            self.experts(layer.moe, normal) if layer.routed else self.dense(layer, normal)
-        ), residual
+        if layer.routed:
+            return self.experts(layer.moe, normal), residual
+        return self.mlp(normal, layer.mlp.gate_up, layer.mlp.down), residual
 
     def attention(self, attn: LatentAttention, x: Tensor) -> Tensor:
         """``[T, D]`` to ``[T, D]``, each conversation by itself and causal."""
@@ -168,13 +168,13 @@ class _Run:
         )
         return F.linear(out.flatten(1), attn.o)
 
-    def dense(self, layer: DecoderLayer, x: Tensor) -> Tensor:
-        """The MLP of the first layers."""
+    def mlp(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """``down(silu(gate x) * up x)``, of the first layers and of the shared expert."""
 
-        def mlp(x: Tensor, gate_up: Tensor) -> Tensor:
+        def inner(x: Tensor, gate_up: Tensor) -> Tensor:
             return kimi_ops.silu_mul(F.linear(x, gate_up))
 
-        return F.linear(self._again(mlp, x, layer.mlp.gate_up), layer.mlp.down)
+        return F.linear(self._again(inner, x, gate_up), down)
 
     def experts(self, moe: MixtureOfExperts, x: Tensor) -> Tensor:
         """Router, routed experts and the shared expert."""
@@ -204,8 +204,4 @@ class _Run:
             ids,
             recompute=self.options.recompute,
         )
-
-        def shared(x: Tensor, gate_up: Tensor) -> Tensor:
-            return kimi_ops.silu_mul(F.linear(x, gate_up))
-
-        return routed + F.linear(self._again(shared, x, moe.shared_gate_up), moe.shared_down)
+        return routed + self.mlp(x, moe.shared_gate_up, moe.shared_down)
