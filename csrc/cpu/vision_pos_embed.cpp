@@ -4,7 +4,8 @@
 // An item is a part of a row of an entry, the same in all of its frames: the position of a place is
 // resampled once and added to every frame. Going along a row, the four table rows are joined at one
 // column at a time, and the last four joined columns are kept: neighbouring places share them.
-// About 16 to 32 operations an element where the table is finer, 8 where it is coarser.
+// About 16 to 32 operations an element where the table is finer, 8 where it is coarser. An entry of
+// the table's own size takes the table as it is.
 #include <cmath>
 
 #include "cpu/grid.h"
@@ -98,7 +99,9 @@ struct Call {
     });
   }
 
-  void add(int64_t patch, const float* position, const float* time) const {
+  // One patch, where `position` is resampled (floats) or of the table itself.
+  template <class P>
+  void add(int64_t patch, const P* position, const float* time) const {
     const E* from = x + patch * stride_x;
     E* to = y + patch * width;
     for_each_piece(width, [&](int64_t d, auto n) {
@@ -108,22 +111,32 @@ struct Call {
     });
   }
 
-  void run_item(const Entry& entry, int64_t item, const float* omega, Own& own) const {
-    const int64_t row = item / parts(entry), first = item % parts(entry) * places;
-    if (entry.patch(0, row, first) >= length) return;
-    const int64_t count = std::min({places, entry.w - first, length - entry.patch(0, row, first)});
+  void resample_places(Own& own, const Entry& entry, int64_t row, int64_t first,
+                       int64_t count) const {
     const Taps row_taps(row, entry.h, rows);
     std::fill(own.column, own.column + 4, INT64_MIN);
     for (int64_t i = 0; i < count; ++i) {
       resample(own.positions.get() + i * width, own, row_taps, Taps(first + i, entry.w, columns));
     }
+  }
+
+  void run_item(const Entry& entry, int64_t item, const float* omega, Own& own) const {
+    const int64_t row = item / parts(entry), first = item % parts(entry) * places;
+    if (entry.patch(0, row, first) >= length) return;
+    const int64_t count = std::min({places, entry.w - first, length - entry.patch(0, row, first)});
+    const bool own_size = entry.h == rows && entry.w == columns;
+    if (!own_size) resample_places(own, entry, row, first, count);
     for (int64_t frame = 0; frame < entry.t; ++frame) {
       const int64_t patch = entry.patch(frame, row, first);
       if (patch >= length) break;
       const float* time = entry.t > 1 ? own.time.get() : nullptr;
       if (entry.t > 1) sinusoid(own.time.get(), omega, frame);
       for (int64_t i = 0; i < std::min(count, length - patch); ++i) {
-        add(patch + i, own.positions.get() + i * width, time);
+        if (own_size) {
+          add(patch + i, table + row * stride_row + (first + i) * stride_column, time);
+        } else {
+          add(patch + i, own.positions.get() + i * width, time);
+        }
       }
     }
   }

@@ -1,7 +1,7 @@
 // CUDA C++ kernel of kimi_ops.add_rms_norm: h = x + residual, y = rms_norm(h), one launch.
 //
-// Grid: as rms_norm.cu. A thread holds its first HELD vectors of h in registers; the rest of a
-// longer row it writes to h and reads again, which only it does.
+// Grid: as rms_norm.cu. A thread holds its first HELD vectors of h and of the weight in registers;
+// the rest of a longer row it writes to h and reads again, which only it does.
 // Bytes: x and residual once, y and h once, the weight from L2 after the first block.
 // Numerics: the sum in float32, rounded to the dtype of x once; the norm is that of the rounded
 // sum.
@@ -40,11 +40,13 @@ __device__ __forceinline__ void add_rms_norm(const T* x_gmem,         // [rows, 
     return sum<T, N>(load_vec<T, N>(x_row_gmem + d * x_rows.d_stride),
                      load_vec<T, N>(residual_row_gmem + d * residual_rows.d_stride));
   };
-  Vec<T, N> held[HELD];
+  auto weight_of = [&](int d) { return load_vec<T, N>(weight_gmem + d * weight_stride); };
+  Vec<T, N> held[HELD], weight[HELD];
   Sum squares = 0;
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
-    if (first + i * STEP < columns) held[i] = add(first + i * STEP);
+    const int d = first + i * STEP;
+    if (d < columns) held[i] = add(d), weight[i] = weight_of(d);
   }
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
@@ -61,16 +63,17 @@ __device__ __forceinline__ void add_rms_norm(const T* x_gmem,         // [rows, 
   }
   const Factor factor = rms_factor(block_sum<WARPS>(squares, partial_smem), columns, eps);
 
-  auto write = [&](int d, const Vec<T, N>& h) {
-    const Vec<T, N> weight = load_vec<T, N>(weight_gmem + d * weight_stride);
-    store_vec<T, N>(y_row_gmem + d, normalised<T, N>(h, weight, factor));
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) make_anew(held[i]), make_anew(weight[i]);
+  auto write = [&](int d, const Vec<T, N>& h, const Vec<T, N>& scale) {
+    store_vec<T, N>(y_row_gmem + d, normalised<T, N>(h, scale, factor));
   };
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
-    if (first + i * STEP < columns) write(first + i * STEP, held[i]);
+    if (first + i * STEP < columns) write(first + i * STEP, held[i], weight[i]);
   }
   for (int d = first + HELD * STEP; d < columns; d += STEP) {
-    write(d, load_vec<T, N>(h_row_gmem + d));
+    write(d, load_vec<T, N>(h_row_gmem + d), weight_of(d));
   }
 }
 

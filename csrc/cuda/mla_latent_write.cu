@@ -32,6 +32,11 @@ struct Widths {
   int q, c, r;
 };
 
+// What a lane turns: two neighbouring elements of k, and their frequency.
+struct Pair {
+  float x, y, inv_freq;
+};
+
 template <class T, int N>
 __device__ __forceinline__ float largest_of(const Vec<T, N>& vec) {
   float most = 0.0f;
@@ -54,16 +59,13 @@ __device__ __forceinline__ float warp_largest(float most) {
 
 // The latent of one token, by one warp, into an entry of fp8 format.
 template <class T, int N>
-__device__ __forceinline__ void write_fp8(const HeldRow<T, N, WARP>& latent, const T* weight_gmem,
-                                          int64 weight_stride, Factor factor,
+__device__ __forceinline__ void write_fp8(const HeldRow<T, N, WARP>& latent,
+                                          const HeldRow<T, N, WARP>& weight, Factor factor,
                                           unsigned char* entry_gmem, int64 stride_d) {
   const int lane = threadIdx.x % WARP, width = latent.columns;
-  auto normal = [&](int d, const Vec<T, N>& vec) {
-    return normalised<T, N>(vec, load_vec<T, N>(weight_gmem + d * weight_stride), factor);
-  };
   float most = 0.0f;
-  latent.each([&](int d, const Vec<T, N>& vec) {
-    const float here = largest_of(normal(d, vec));
+  latent.each_with(weight, [&](int, const Vec<T, N>& vec, const Vec<T, N>& scale) {
+    const float here = largest_of(normalised<T, N>(vec, scale, factor));
     most = here > most || isnan(here) ? here : most;
   });
   most = warp_largest(most);
@@ -71,8 +73,8 @@ __device__ __forceinline__ void write_fp8(const HeldRow<T, N, WARP>& latent, con
   const float smallest = __uint_as_float(0x00800000u);  // 2^-126
   const float scale = finite ? fmaxf(most / LARGEST_E4M3, smallest) : __uint_as_float(0x7fc00000u);
   const float inverse = 1.0f / scale;
-  latent.each([&](int d, const Vec<T, N>& vec) {
-    const Vec<T, N> y = normal(d, vec);
+  latent.each_with(weight, [&](int d, const Vec<T, N>& vec, const Vec<T, N>& weights) {
+    const Vec<T, N> y = normalised<T, N>(vec, weights, factor);
     Vec<unsigned char, N> codes;
 #pragma unroll
     for (int e = 0; e < N; ++e) {
@@ -108,7 +110,8 @@ __device__ __forceinline__ void mla_latent_write(
   const bool inside = slot >= 0 && slot < num_slots;
 
   if (threadIdx.x < Q_WARPS * WARP) {
-    const HeldRow<T, N, Q_WARPS * WARP> q(row_gmem, stride_x_d, threadIdx.x, widths.q);
+    HeldRow<T, N, Q_WARPS * WARP> q(row_gmem, stride_x_d, threadIdx.x, widths.q);
+    HeldRow<T, N, Q_WARPS * WARP> weight(q_norm_weight_gmem, stride_wq, threadIdx.x, widths.q);
     Sum squares = 0;
     q.each([&](int, const Vec<T, N>& vec) { squares += sum_of_squares<Sum>(vec); });
     squares = warp_sum(squares);
@@ -118,37 +121,46 @@ __device__ __forceinline__ void mla_latent_write(
     Factor factor = rms_factor(squares, widths.q, eps);
     // A wrong slot must be seen: NaN in its q_a. -1 is padding.
     if (!inside && slot != -1) factor.high = __uint_as_float(0x7fc00000u);
+    q.make_anew();
+    weight.make_anew();
     T* q_a_row_gmem = q_a_gmem + token * widths.q;
-    q.each([&](int d, const Vec<T, N>& vec) {
-      const Vec<T, N> weight = load_vec<T, N>(q_norm_weight_gmem + d * stride_wq);
-      store_vec<T, N>(q_a_row_gmem + d, normalised<T, N>(vec, weight, factor));
+    q.each_with(weight, [&](int d, const Vec<T, N>& vec, const Vec<T, N>& scale) {
+      store_vec<T, N>(q_a_row_gmem + d, normalised<T, N>(vec, scale, factor));
     });
     return;
   }
-  if (!inside) return;
 
   const T* c_gmem = row_gmem + widths.q * stride_x_d;
   const T* k_gmem = c_gmem + widths.c * stride_x_d;
-  const HeldRow<T, N, WARP> latent(c_gmem, stride_x_d, lane, widths.c);
+  HeldRow<T, N, WARP> latent(c_gmem, stride_x_d, lane, widths.c);
+  HeldRow<T, N, WARP> weight(kv_norm_weight_gmem, stride_wc, lane, widths.c);
+  const int pairs = widths.r / 2;
+  auto pair_of = [&](int pair) -> Pair {
+    return {to_float(k_gmem[2 * pair * stride_x_d]), to_float(k_gmem[(2 * pair + 1) * stride_x_d]),
+            inv_freq_gmem[pair * stride_freq]};
+  };
+  Pair mine = {};
+  if (lane < pairs) mine = pair_of(lane);
   const float position = static_cast<float>(positions[token * stride_position]);
+  if (!inside) return;  // only now: what is loaded does not wait for the slot
   Sum squares = 0;
   latent.each([&](int, const Vec<T, N>& vec) { squares += sum_of_squares<Sum>(vec); });
   const Factor factor = rms_factor(warp_sum(squares), widths.c, eps);
+  latent.make_anew();
+  weight.make_anew();
   const int64 entry = slot / page_size * stride_page + slot % page_size * stride_row;
   T* entry_gmem = static_cast<T*>(kv_cache_gmem) + entry;
   unsigned char* bytes_gmem = static_cast<unsigned char*>(kv_cache_gmem) + entry;
   if (is_fp8) {
-    write_fp8<T, N>(latent, kv_norm_weight_gmem, stride_wc, factor, bytes_gmem, stride_d);
+    write_fp8<T, N>(latent, weight, factor, bytes_gmem, stride_d);
   } else {
-    latent.each([&](int d, const Vec<T, N>& vec) {
-      const Vec<T, N> weight = load_vec<T, N>(kv_norm_weight_gmem + d * stride_wc);
-      store_vec<T, N>(entry_gmem + d * stride_d, normalised<T, N>(vec, weight, factor));
+    latent.each_with(weight, [&](int d, const Vec<T, N>& vec, const Vec<T, N>& scale) {
+      store_vec<T, N>(entry_gmem + d * stride_d, normalised<T, N>(vec, scale, factor));
     });
   }
-  for (int pair = lane; pair < widths.r / 2; pair += WARP) {
-    const float angle = position * inv_freq_gmem[pair * stride_freq];
-    const float2 turned = rotated(to_float(k_gmem[2 * pair * stride_x_d]),
-                                  to_float(k_gmem[(2 * pair + 1) * stride_x_d]), sin_cos(angle));
+  for (int pair = lane; pair < pairs; pair += WARP) {
+    if (pair != lane) mine = pair_of(pair);
+    const float2 turned = rotated(mine.x, mine.y, sin_cos(position * mine.inv_freq));
     if (is_fp8) {
       const unsigned bits = to_bf16x2(rounded<T>(turned.x), rounded<T>(turned.y));
       const int64 at = widths.c + 4 * SCALE_COPIES + 4 * pair;

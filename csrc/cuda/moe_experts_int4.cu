@@ -60,6 +60,8 @@ __device__ __forceinline__ void prepare(const T* x_gmem,      // [T, D]
   if (lift && block == 0) lifted_gmem[tokens * columns + threadIdx.x] = {0};
 }
 
+constexpr int SUM_AHEAD = 8;  // choices whose rows are in flight at once
+
 // Thread: 8 columns of a token.
 template <class T>
 __device__ __forceinline__ void sum(const T* rows_gmem,        // [slots (+ T), D]
@@ -73,20 +75,38 @@ __device__ __forceinline__ void sum(const T* rows_gmem,        // [slots (+ T), 
   const int d = (blockIdx.y * THREADS + threadIdx.x) * PIECE;
   if (d >= depth) return;
   float total[PIECE] = {};
-  auto add = [&](int64 row, float weight) {
-    const Vec<T, PIECE> x = load_vec<T, PIECE>(rows_gmem + row * depth + d);
+  auto row_of = [&](int64 row) { return load_vec<T, PIECE>(rows_gmem + row * depth + d); };
+  auto add = [&](const Vec<T, PIECE>& row, float weight) {
 #pragma unroll
-    for (int e = 0; e < PIECE; ++e) total[e] += weight * to_float(x.at[e]);
+    for (int e = 0; e < PIECE; ++e) total[e] += weight * to_float(row.at[e]);
   };
-  for (int k = 0; routed && k < choices; ++k) {
-    const int64 slot = token * choices + k;
-    const int id = ids_gmem[slot];
-    if (id < first_expert || id >= last_expert) continue;
-    add(slot, weights_bytes == 8
-                  ? static_cast<float>(static_cast<const double*>(weights_gmem)[slot])
-                  : static_cast<const float*>(weights_gmem)[slot]);
+  Vec<T, PIECE> last;
+  if (shared) last = row_of((routed ? static_cast<int64>(tokens) * choices : 0) + token);
+  const int count = routed ? choices : 0;
+  for (int first = 0; first < count; first += SUM_AHEAD) {
+    const int64 first_slot = token * choices + first;
+    bool ours[SUM_AHEAD];
+    float weight[SUM_AHEAD];
+    Vec<T, PIECE> row[SUM_AHEAD];
+#pragma unroll
+    for (int i = 0; i < SUM_AHEAD; ++i) {
+      const int id = first + i < count ? ids_gmem[first_slot + i] : -1;
+      ours[i] = id >= first_expert && id < last_expert;
+    }
+#pragma unroll
+    for (int i = 0; i < SUM_AHEAD; ++i) {
+      if (!ours[i]) continue;
+      row[i] = row_of(first_slot + i);
+      weight[i] = weights_bytes == 8
+                      ? static_cast<float>(static_cast<const double*>(weights_gmem)[first_slot + i])
+                      : static_cast<const float*>(weights_gmem)[first_slot + i];
+    }
+#pragma unroll
+    for (int i = 0; i < SUM_AHEAD; ++i) {
+      if (ours[i]) add(row[i], weight[i]);
+    }
   }
-  if (shared) add((routed ? static_cast<int64>(tokens) * choices : 0) + token, 1.0f);
+  if (shared) add(last, 1.0f);
   Vec<T, PIECE> y;
 #pragma unroll
   for (int e = 0; e < PIECE; ++e) y.at[e] = from_float<T>(total[e]);

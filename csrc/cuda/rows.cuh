@@ -85,6 +85,27 @@ struct HeldRow {
       visit(d, load_vec<T, N>(row_gmem + d * stride_d));
     }
   }
+
+  // See `make_anew`: between two visits that are far apart.
+  __device__ __forceinline__ void make_anew() {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) ::make_anew(held[i]);
+  }
+
+  // visit(d, elements of this row, elements of `other`), for a row that is held by the same
+  // threads.
+  template <class Visit>
+  __device__ __forceinline__ void each_with(const HeldRow& other, Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      const int d = first + i * STEP;
+      if (d < columns) visit(d, held[i], other.held[i]);
+    }
+    for (int d = first + HELD * STEP; d < columns; d += STEP) {
+      visit(d, load_vec<T, N>(row_gmem + d * stride_d),
+            load_vec<T, N>(other.row_gmem + d * other.stride_d));
+    }
+  }
 };
 
 // round(x / rms) * weight, rounded: the two roundings that the model has.

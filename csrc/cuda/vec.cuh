@@ -59,6 +59,16 @@ __device__ __forceinline__ void store_vec(T* to_gmem, const Vec<T, N>& vec) {
   *reinterpret_cast<Vec<T, N>*>(to_gmem) = vec;
 }
 
+// The same bits, which the compiler takes for others: what it has made of them before, floats in
+// twice the registers, is not kept.
+template <class T, int N>
+__device__ __forceinline__ void make_anew(Vec<T, N>& vec) {
+  if constexpr (sizeof(vec) == 16) {
+    uint4& bits = reinterpret_cast<uint4&>(vec);
+    asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+  }
+}
+
 // Integers of torch's two widths; a launch says which.
 struct Integers {
   const void* gmem;

@@ -243,6 +243,9 @@ _E = moe_experts_int4
 add("moe_experts_int4", "bf16-none", _E, tokens=0, experts=4, top_k=2)
 add("moe_experts_int4", "bf16-one", _E, tokens=1, experts=16, top_k=4)
 add("moe_experts_int4", "bf16-shared", _E, tokens=17, experts=8, top_k=3, shared=96)
+# The shared expert's columns: several whole chunks of 256 and a rest, by two warps; one and a rest.
+add("moe_experts_int4", "bf16-shared-long", _E, tokens=2, experts=3, top_k=2, d=1056, f=32,
+    shared=264, work=1 << 18)  # fmt: skip
 add("moe_experts_int4", "bf16-range", _E, tokens=17, experts=12, top_k=3, shared=64,
     expert_range=(4, 8))  # fmt: skip
 add("moe_experts_int4", "bf16-empty-range", _E, tokens=3, experts=12, top_k=3,
