@@ -31,7 +31,7 @@ from kimi_ops.train.initial import initialize_
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples/train_tiny")]
-from recipe import Recipe, build_config  # noqa: E402
+from recipe import build_config, share_of_mixture  # noqa: E402
 from transformers_model import as_encoder_output, their_media, their_model  # noqa: E402
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = trained_weights()
-    batch = Lessons(PromptBuilder(TINY), lambda number: Recipe().mixture(number, 2), 1)[0]
+    batch = Lessons(PromptBuilder(TINY), share_of_mixture(2), 1)[0]
     steps = {
         "kimi_ops.train": our_step(model, batch),
         f"transformers {transformers.__version__}": their_step(model, batch),

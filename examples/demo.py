@@ -40,7 +40,7 @@ SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 # the training: of the photograph other crops were seen, of the sum neither this pair nor its swap.
 QUESTIONS: list[tuple[str, str | None, bool, str]] = [
     ("Which digit is this?", "digit.png", False, "6"),
-    ("What is at the right?", "scene.png", False, "purple cross"),
+    ("Which shape is blue?", "scene.png", False, "cross"),
     ("What does the photograph show?", "photograph.png", False, "the moon"),
     ("Which way does the triangle move?", "motion.gif", False, "down"),
     ("What is 46 + 94?", None, True, "140"),

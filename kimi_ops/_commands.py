@@ -155,7 +155,7 @@ def _add_bench(commands: Any) -> None:
         "--sections", nargs="+", default=[], metavar="S", help="measured, modelled, step (all)"
     )
     parser.add_argument("--rounds", type=int, default=25, metavar="N", help="at most (25)")
-    parser.add_argument("--seconds", type=float, default=2.0, metavar="X", help="of a case (2)")
+    parser.add_argument("--seconds", type=float, default=1.5, metavar="X", help="of a case (1.5)")
     parser.add_argument("--full", action="store_true", help="all cases: hours on a CPU")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     parser.add_argument("--out", metavar="DIR", help="write bench.json, .csv, .md and .html")

@@ -98,7 +98,7 @@ def _masked(seen_more: int) -> Plant:
 # What is planted, and the task that it strikes hardest; None where none loses ten points.
 ERRORS: Mapping[str, tuple[Plant, str | None]] = {
     "bias in the routing weights": (bias_in_the_weights, None),
-    "x and y exchanged": (x_and_y_exchanged, None),
+    "x and y exchanged": (x_and_y_exchanged, "clips"),
     "no YaRN scale": (no_yarn_scale, "sums"),
     "nibbles swapped": (nibbles_swapped, "sums"),
     "causal mask off by one, seen too little": (_masked(-1), None),
@@ -106,7 +106,7 @@ ERRORS: Mapping[str, tuple[Plant, str | None]] = {
 }
 # Right answers of 50, as a share, that the shipped model must have at least: what it had where it
 # was trained (kimi_ops/checkpoints/tiny/README.md), less a few near ties.
-EXPECTED = dict.fromkeys(TASKS, 0.94) | {"scenes": 0.8, "clips": 0.6, "clips, thinking": 0.74}
+EXPECTED = dict.fromkeys(TASKS, 0.94) | {"scenes": 0.64, "digits": 0.9}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from kimi_ops.checkpoints import TINY
 from kimi_ops.evaluate.answers import answered
 from kimi_ops.evaluate.router import router_load, to_json
 from kimi_ops.model.conversation import PromptBuilder
+from kimi_ops.model.generate import Sampling
 from kimi_ops.model.kimi import KimiK25
 from kimi_ops.tasks import TASKS, make_sample
 from kimi_ops.train.examples import Encoder
@@ -51,13 +52,17 @@ def test_transformers_gives_the_same_answers(encoder):
     """Greedy, in float32, the int4 experts dequantised there."""
     model = KimiK25.from_pretrained(TINY, dtype=torch.float32)
     theirs = their_model(model)
-    stop = encoder.builder.tokenizer.im_end_id
+    stop, greedy = encoder.builder.tokenizer.im_end_id, Sampling(temperature=0)
     for task in TASKS:
         for number in range(3):
             prompt = encoder.prompt(make_sample(task, "held-out", number))
             pixels, grid = prompt.media.pixel_values, prompt.media.grid_thws
             (mine,) = model.generate(
-                [prompt.ids], pixel_values=pixels, grid_thws=grid, max_new_tokens=64
+                [prompt.ids],
+                pixel_values=pixels,
+                grid_thws=grid,
+                max_new_tokens=64,
+                sampling=greedy,
             ).tokens
             encoded = as_encoder_output(their_media(theirs, pixels, grid)) if len(grid) else None
             ids = torch.tensor([prompt.ids])

@@ -152,9 +152,9 @@ def test_a_batch_is_its_examples_one_after_the_other(encoder):
 
 def test_lessons_repeat_by_number_and_use_no_sample_twice(builder):
     mixture = {"sums, instant": 3, "scenes": 2}
-    lessons = Lessons(builder, lambda number: mixture, 4, seed=1)
+    lessons = Lessons(builder, mixture, 4, seed=1)
     batches = [lessons[number] for number in range(len(lessons))]
-    again = Lessons(builder, lambda number: mixture, 4, seed=1)[2]
+    again = Lessons(builder, mixture, 4, seed=1)[2]
     assert torch.equal(again.ids, batches[2].ids)
     assert torch.equal(again.pixel_values, batches[2].pixel_values)
     conversations = [

@@ -40,18 +40,17 @@ __device__ __forceinline__ void add_rms_norm(const T* x_gmem,         // [rows, 
     return sum<T, N>(load_vec<T, N>(x_row_gmem + d * x_rows.d_stride),
                      load_vec<T, N>(residual_row_gmem + d * residual_rows.d_stride));
   };
-  auto weight_of = [&](int d) { return load_vec<T, N>(weight_gmem + d * weight_stride); };
-  Vec<T, N> held[HELD], weight[HELD];
+  const HeldRow<T, N, WARPS * WARP> x(x_row_gmem, x_rows.d_stride, threadIdx.x, columns);
+  const HeldRow<T, N, WARPS * WARP> residual(residual_row_gmem, residual_rows.d_stride, threadIdx.x,
+                                             columns);
+  HeldRow<T, N, WARPS * WARP> weight(weight_gmem, weight_stride, threadIdx.x, columns);
+  Vec<T, N> held[HELD];
   Sum squares = 0;
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
     const int d = first + i * STEP;
-    if (d < columns) held[i] = add(d), weight[i] = weight_of(d);
-  }
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    const int d = first + i * STEP;
     if (d < columns) {
+      held[i] = sum<T, N>(x.held[i], residual.held[i]);
       store_vec<T, N>(h_row_gmem + d, held[i]);
       squares += sum_of_squares<Sum>(held[i]);
     }
@@ -64,16 +63,17 @@ __device__ __forceinline__ void add_rms_norm(const T* x_gmem,         // [rows, 
   const Factor factor = rms_factor(block_sum<WARPS>(squares, partial_smem), columns, eps);
 
 #pragma unroll
-  for (int i = 0; i < HELD; ++i) make_anew(held[i]), make_anew(weight[i]);
+  for (int i = 0; i < HELD; ++i) make_anew(held[i]);
+  weight.make_anew();
   auto write = [&](int d, const Vec<T, N>& h, const Vec<T, N>& scale) {
     store_vec<T, N>(y_row_gmem + d, normalised<T, N>(h, scale, factor));
   };
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
-    if (first + i * STEP < columns) write(first + i * STEP, held[i], weight[i]);
+    if (first + i * STEP < columns) write(first + i * STEP, held[i], weight.held[i]);
   }
   for (int d = first + HELD * STEP; d < columns; d += STEP) {
-    write(d, load_vec<T, N>(h_row_gmem + d), weight_of(d));
+    write(d, load_vec<T, N>(h_row_gmem + d), load_vec<T, N>(weight_gmem + d * weight_stride));
   }
 }
 

@@ -82,24 +82,25 @@ __device__ __forceinline__ void sum(const T* rows_gmem,        // [slots (+ T), 
   };
   Vec<T, PIECE> last;
   if (shared) last = row_of((routed ? static_cast<int64>(tokens) * choices : 0) + token);
+  auto weight_of = [&](int64 slot) {
+    return weights_bytes == 8 ? static_cast<float>(static_cast<const double*>(weights_gmem)[slot])
+                              : static_cast<const float*>(weights_gmem)[slot];
+  };
   const int count = routed ? choices : 0;
   for (int first = 0; first < count; first += SUM_AHEAD) {
-    const int64 first_slot = token * choices + first;
     bool ours[SUM_AHEAD];
     float weight[SUM_AHEAD];
     Vec<T, PIECE> row[SUM_AHEAD];
 #pragma unroll
     for (int i = 0; i < SUM_AHEAD; ++i) {
-      const int id = first + i < count ? ids_gmem[first_slot + i] : -1;
-      ours[i] = id >= first_expert && id < last_expert;
+      const int64 slot = token * choices + min(first + i, count - 1);
+      const int id = ids_gmem[slot];
+      ours[i] = first + i < count && id >= first_expert && id < last_expert;
+      weight[i] = weight_of(slot);
     }
 #pragma unroll
     for (int i = 0; i < SUM_AHEAD; ++i) {
-      if (!ours[i]) continue;
-      row[i] = row_of(first_slot + i);
-      weight[i] = weights_bytes == 8
-                      ? static_cast<float>(static_cast<const double*>(weights_gmem)[first_slot + i])
-                      : static_cast<const float*>(weights_gmem)[first_slot + i];
+      if (ours[i]) row[i] = row_of(token * choices + first + i);
     }
 #pragma unroll
     for (int i = 0; i < SUM_AHEAD; ++i) {

@@ -88,6 +88,11 @@ __device__ __forceinline__ void load_once_if(uint4& x, const void* from_gmem, bo
       : "l"(from_gmem), "r"(static_cast<int>(wanted)));
 }
 
+// No instruction: only the compiler sees other numbers, which it knows nothing of.
+__device__ __forceinline__ void take_anew(uint4& x) {
+  asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+}
+
 // "Special Registers: %tid". Read anew at each call: what follows from it holds no registers
 // before.
 __device__ __forceinline__ unsigned thread_anew() {

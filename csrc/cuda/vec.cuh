@@ -64,8 +64,7 @@ __device__ __forceinline__ void store_vec(T* to_gmem, const Vec<T, N>& vec) {
 template <class T, int N>
 __device__ __forceinline__ void make_anew(Vec<T, N>& vec) {
   if constexpr (sizeof(vec) == 16) {
-    uint4& bits = reinterpret_cast<uint4&>(vec);
-    asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+    take_anew(reinterpret_cast<uint4&>(vec));
   }
 }
 

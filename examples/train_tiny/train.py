@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from plot import plot_log
-from recipe import Recipe, build_config, vocabulary_text
+from recipe import MIXTURE, Recipe, build_config, share_of_mixture, vocabulary_text
+from shares import SharedMuon
 from torch import Tensor, multiprocessing
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -72,6 +72,7 @@ class Run:
         factor = WarmupStableDecay(recipe.warmup, recipe.stable, recipe.decay, final=recipe.final)
         self.steps = factor.steps
         self.schedules = [LambdaLR(o, factor) for o in (self.muon, self.adamw)]
+        self.optimizers = (SharedMuon(self.muon), self.adamw)
         text = self.config.text_config
         self.loads = {
             layer: ExpertLoad(text.n_routed_experts)
@@ -112,7 +113,7 @@ class Run:
             named = {f"gradient of {name}": p.grad for name, p in self.trained.items()}
             check_finite(number, {"loss": total, **named}, last_good=last_good)
         norm = float(torch.linalg.vector_norm(self.gradient))
-        for optimizer, schedule in zip((self.muon, self.adamw), self.schedules, strict=True):
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
         self.gradient.zero_()
@@ -135,7 +136,7 @@ class Run:
             "largest logit": max(float(x.max()) for x in seen.largest.values()),
             "violation": worst,
             "tokens": int(count[1]),
-            "right": exact(logits.detach(), batch, self.recipe.mixture(number)),
+            "right": exact(logits.detach(), batch),
         }
 
     def save(self) -> None:
@@ -160,15 +161,15 @@ def summed(x: Tensor) -> Tensor:
     return x
 
 
-def exact(logits: Tensor, batch: Batch, mixture: dict[str, int]) -> dict[str, float]:
+def exact(logits: Tensor, batch: Batch) -> dict[str, float]:
     """Share of all processes' conversations, by task, in which every target is the likeliest."""
     has_target = batch.targets != IGNORED
     wrong = torch.zeros(len(batch.ids), dtype=torch.int64)
     wrong[has_target] = (logits.argmax(-1) != batch.targets[has_target]).long()
     faults = F.pad(wrong.cumsum(0), (1, 0))[batch.cu_seqlens.long()].diff()
-    counts = [count // dist.get_world_size() for count in mixture.values()]
+    counts = [*share_of_mixture(dist.get_world_size()).values()]
     right = summed(torch.stack([(part == 0).sum() for part in faults.split(counts)]))
-    return {task: int(n) / count for (task, count), n in zip(mixture.items(), right, strict=True)}
+    return {task: int(n) / count for (task, count), n in zip(MIXTURE.items(), right, strict=True)}
 
 
 def builder_of(folder: Path, config: KimiK25Config) -> PromptBuilder:
@@ -180,17 +181,10 @@ def builder_of(folder: Path, config: KimiK25Config) -> PromptBuilder:
     return PromptBuilder(folder)
 
 
-def part_of_mixture(recipe: Recipe, world: int, number: int) -> dict[str, int]:
-    """Samples by task of one process's part, where ``number`` counts those of all processes."""
-    return recipe.mixture(number // world, world)
-
-
 def batches(builder: PromptBuilder, recipe: Recipe, first: int, last: int) -> Iterator[Batch]:
     """This process's part of the batches from number ``first`` on, made ahead in another one."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    lessons = Lessons(
-        builder, partial(part_of_mixture, recipe, world), last * world, seed=recipe.seed
-    )
+    lessons = Lessons(builder, share_of_mixture(world), last * world, seed=recipe.seed)
     mine = range(first * world + rank, last * world, world)
     return iter(DataLoader(lessons, batch_size=None, sampler=mine, num_workers=1))
 
@@ -219,11 +213,12 @@ def train(rank: int, out: Path, recipe: Recipe, stop_after: int | None) -> None:
             entry = run.step(number, next(lessons), states.latest())
             bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             bar.update()
-            if log is None:
-                continue
-            log.write(entry | {"seconds": round(time.perf_counter() - started, 4)})
+            if log is not None:
+                log.write(entry | {"seconds": round(time.perf_counter() - started, 4)})
             if (number + 1) % recipe.save_every == 0 or number + 1 == last:
-                states.save(number + 1, run.parts, data)
+                run.optimizers[0].share_state()
+                if rank == 0:
+                    states.save(number + 1, run.parts, data)
     if rank == 0 and last == run.steps:
         run.save()
 

@@ -18,6 +18,7 @@ Call = Callable[[int], Any]  # of a number, taken modulo the rotation
 Sampler = Callable[[], float]
 _LEAST_S = 1e-3  # a sample is at least so long
 _MOST_CALLS = 1000
+_LONG_S = 0.25  # a call that has warmed up by itself
 
 
 class Timed(NamedTuple):
@@ -45,11 +46,13 @@ class CpuClock:
     """Wall time of calls one after the other, until a sample takes a millisecond."""
 
     def sampler(self, call: Call, rotation: int) -> Timed:
-        """As `Clock` has it: two calls for warming up, the second of them timed."""
-        call(0)
-        start = time.perf_counter()
-        call(1 % rotation)
-        once = time.perf_counter() - start
+        """As `Clock` has it: two calls for warming up, or one that is long."""
+        for number in range(2):
+            start = time.perf_counter()
+            call(number % rotation)
+            once = time.perf_counter() - start
+            if once > _LONG_S:
+                break
         calls = min(max(1, round(_LEAST_S / max(once, 1e-9))), _MOST_CALLS)
         numbers = count()
 

@@ -47,7 +47,7 @@ class Effort:
     """
 
     rounds: int = 25
-    seconds: float = 2.0
+    seconds: float = 1.5
     least: int = 7
 
 

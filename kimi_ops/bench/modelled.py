@@ -10,7 +10,11 @@ as many SMs share an execution. What cannot be executed or modelled is a row tha
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -66,28 +70,43 @@ def modelled_rows(
     names = op_names() if ops is None else [get_op(op).name for op in ops]
     if unknown := [name for name in backends if name not in GPU_BACKENDS]:
         raise ValueError(f"no GPU backend {unknown[0]!r}; there are {', '.join(GPU_BACKENDS)}")
-    return _rows(names, chosen, full, backends)
+    rows_of = partial(_rows, devices=chosen, full=full, backends=tuple(backends))
+    if len(names) == 1:
+        return iter(rows_of(names[0]))
+    return _in_processes(rows_of, names)
+
+
+def _in_processes(
+    rows_of: Callable[[str], list[dict[str, Any]]], ops: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows of each op in its turn. An execution has no use for a second core, so each core has
+    a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(ops)), context) as pool:
+        for rows in pool.map(rows_of, ops):
+            yield from rows
 
 
 def _rows(
-    ops: Sequence[str], devices: Sequence[Rates], full: bool, backends: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+    op: str, devices: Sequence[Rates], full: bool, backends: Sequence[str]
+) -> list[dict[str, Any]]:
     here = [rates for rates in devices if full or rates.name in ORDINARY]
-    for op in ops:
-        for case in cases_of(op, full=full):
-            args = arguments_of(case) if here else ()
-            for backend in (name for name in backends if has_kernel(op, name)):
-                done: dict[tuple[str, int], list[Launched] | str] = {}
-                for rates in devices:
-                    key = rates.arch, int(rates.sms.value)
-                    if rates not in here:
-                        done[key] = _LEFT_OUT
-                    elif key not in done:
-                        try:
-                            done[key] = executed(case, args, backend, rates)
-                        except (*_FAILURES, _triton_error()) as error:
-                            done[key] = _said(error)
-                    yield _row(case, backend, rates, done[key])
+    rows = []
+    for case in cases_of(op, full=full):
+        args = arguments_of(case) if here else ()
+        for backend in (name for name in backends if has_kernel(op, name)):
+            done: dict[tuple[str, int], list[Launched] | str] = {}
+            for rates in devices:
+                key = rates.arch, int(rates.sms.value)
+                if rates not in here:
+                    done[key] = _LEFT_OUT
+                elif key not in done:
+                    try:
+                        done[key] = executed(case, args, backend, rates)
+                    except (*_FAILURES, _triton_error()) as error:
+                        done[key] = _said(error)
+                rows.append(_row(case, backend, rates, done[key]))
+    return rows
 
 
 def _triton_error() -> type[Exception]:

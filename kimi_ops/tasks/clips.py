@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kimi_ops.tasks.sample import Clip, Rng, Sample, Split, ask, reply
-from kimi_ops.tasks.shapes import COLOURS, SHAPES, draw, ground
+from kimi_ops.tasks.shapes import COLOURS, SHAPES, draw, ground, third
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SIZE = 16.0  # pixels, of a shape
+SIZE = 20.0  # pixels, of a shape
+# From five frames on, so that a clip makes two chunks: of a single one, whose features are averaged
+# over time, small encoders learn the axis of a motion and not its direction.
+FRAMES = (5, 9)
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Motion:
     """A clip, and what is to be seen on it.
 
     Attributes:
-        clip: two to eight frames.
+        clip: five to eight frames.
         shape, colour: of what moves.
         direction: a key of `DIRECTIONS`.
         first, last: (row, column) of the third of the picture, 1 to 3, where its centre is in the
@@ -54,7 +57,7 @@ def make_thinking(rng: Rng, split: Split, several: bool) -> Sample:
 
 
 def _motion(rng: Rng) -> Motion:
-    frames = int(rng.integers(2, 9))
+    frames = int(rng.integers(*FRAMES))
     sides = rng.integers(48, 85, 2)
     shape, still = (str(name) for name in rng.choice(SHAPES, 2, replace=False))
     colour, other = (str(name) for name in rng.choice([*COLOURS], 2, replace=False))
@@ -89,6 +92,6 @@ def _motion(rng: Rng) -> Motion:
     for done in (0, 1) if forward else (1, 0):
         place = list(first)
         place[along] = start + distance * done
-        thirds = [1 + int(3 * (x + SIZE / 2) / side) for x, side in zip(place, sides, strict=True)]
-        ends.append((thirds[1], thirds[0]))
+        column, row = (third(x + SIZE / 2, side) for x, side in zip(place, sides, strict=True))
+        ends.append((row, column))
     return Motion(Clip(tuple(pictures)), shape, colour, word, ends[0], ends[1])

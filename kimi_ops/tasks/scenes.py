@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from kimi_ops.tasks.sample import Rng, Sample, Split, ask, reply
-from kimi_ops.tasks.shapes import COLOURS, SHAPES, draw, ground
+from kimi_ops.tasks.shapes import COLOURS, SHAPES, draw, ground, third
 
 CELL = 34  # pixels; each shape has one to itself
 MOST = 4
@@ -19,12 +19,19 @@ QUESTIONS = 5  # in one conversation, at most
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape in a cell of the picture."""
+    """A shape in a cell of the picture.
+
+    Attributes:
+        shape, colour: keys of `SHAPES` and `COLOURS`.
+        row, column: of the cell, from 0.
+        place: (row, column) of the third of the picture, 1 to 3, where its centre is.
+    """
 
     shape: str
     colour: str
     row: int
     column: int
+    place: tuple[int, int]
 
     def __str__(self) -> str:
         return f"{self.colour} {self.shape}"
@@ -33,7 +40,7 @@ class Thing:
 def make(rng: Rng, split: Split, several: bool) -> Sample:
     """A scene with one question, or with up to five."""
     image, things = _scene(rng)
-    questions = _questions(things, rng)
+    questions = _questions(things, rng, several)
     rng.shuffle(questions)
     messages = []
     for number, (question, answer) in enumerate(questions[: QUESTIONS if several else 1]):
@@ -52,15 +59,17 @@ def _scene(rng: Rng) -> tuple[Image.Image, list[Thing]]:
     left, top = rng.uniform(0, width - columns * CELL), rng.uniform(0, height - rows * CELL)
     for cell in cells:
         row, column = divmod(cell, columns)
-        thing = Thing(str(rng.choice(SHAPES)), str(rng.choice([*COLOURS])), row, column)
+        shape, colour = str(rng.choice(SHAPES)), str(rng.choice([*COLOURS]))
         size = rng.uniform(20, CELL - 6)
         x, y = (start + rng.uniform(1, CELL - 2 - size) for start in (left, top))
-        draw(image, thing.shape, thing.colour, x + column * CELL, y + row * CELL, size)
-        things.append(thing)
+        x, y = x + column * CELL, y + row * CELL
+        draw(image, shape, colour, x, y, size)
+        place = third(y + size / 2, height), third(x + size / 2, width)
+        things.append(Thing(shape, colour, row, column, place))
     return image, things
 
 
-def _questions(things: list[Thing], rng: Rng) -> list[tuple[str, str]]:
+def _questions(things: list[Thing], rng: Rng, several: bool) -> list[tuple[str, str]]:
     """Every kind of question that has one answer here, with that answer."""
     shapes = [thing.shape for thing in things]
     colours = [thing.colour for thing in things]
@@ -74,15 +83,17 @@ def _questions(things: list[Thing], rng: Rng) -> list[tuple[str, str]]:
             found.append((f"What colour is the {thing.shape}?", thing.colour))
         if colours.count(thing.colour) == 1:
             found.append((f"Which shape is {thing.colour}?", thing.shape))
-    there = bool(rng.random() < 0.5)
-    if there:
-        asked = str(rng.choice(names))
-    else:
-        # Half of what is asked in vain shares a colour or a shape with what is there.
-        near = things[int(rng.integers(len(things)))]
-        shape, colour = str(rng.choice(SHAPES)), str(rng.choice([*COLOURS]))
-        asked = f"{near.colour} {shape}" if rng.random() < 0.5 else f"{colour} {near.shape}"
-    found.append((f"Is there a {asked}?", "yes" if asked in names else "no"))
+        if names.count(str(thing)) == 1:
+            found.append((f"Where is the {thing}?", "{},{}".format(*thing.place)))
+    for there in (True, False) if several else (bool(rng.random() < 0.5),):
+        if there:
+            asked = str(rng.choice(names))
+        else:
+            # Half of what is asked in vain shares a colour or a shape with what is there.
+            near = things[int(rng.integers(len(things)))]
+            shape, colour = str(rng.choice(SHAPES)), str(rng.choice([*COLOURS]))
+            asked = f"{near.colour} {shape}" if rng.random() < 0.5 else f"{colour} {near.shape}"
+        found.append((f"Is there a {asked}?", "yes" if asked in names else "no"))
     for attribute, words in (("column", ("left", "right")), ("row", ("top", "bottom"))):
         places = [getattr(thing, attribute) for thing in things]
         for word, edge in zip(words, (min(places), max(places)), strict=True):

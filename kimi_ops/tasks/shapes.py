@@ -37,3 +37,8 @@ def draw(image: Image.Image, shape: str, colour: str, x: float, y: float, size: 
         third = size / 3
         pen.rectangle((x + third, y, right - third, bottom), fill=fill)
         pen.rectangle((x, y + third, right, bottom - third), fill=fill)
+
+
+def third(place: float, side: float) -> int:
+    """The third of a side, 1 to 3, that a place on it lies in."""
+    return 1 + int(3 * place / side)

@@ -185,7 +185,7 @@ class Lessons(Dataset[Batch]):
 
     Args:
         builder: template, tokenizer and preprocessing of the checkpoint to be.
-        mixture: gives the samples by task of a batch, from its number.
+        mixture: samples by task of every batch.
         batches: length of the run.
         seed: of the samples.
     """
@@ -193,7 +193,7 @@ class Lessons(Dataset[Batch]):
     def __init__(
         self,
         builder: PromptBuilder,
-        mixture: Callable[[int], Mapping[str, int]],
+        mixture: Mapping[str, int],
         batches: int,
         *,
         seed: int = 0,
@@ -210,7 +210,7 @@ class Lessons(Dataset[Batch]):
                 self.encoder(
                     make_sample(task, "train", number * count + i, seed=self.seed, several=True)
                 )
-                for task, count in self.mixture(number).items()
+                for task, count in self.mixture.items()
                 for i in range(count)
             ]
         )
