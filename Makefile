@@ -64,7 +64,7 @@ lint: venv
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 	$(BIN)/mypy
 
-# A quarter of an hour on a quiet machine. ARGS="--full" measures everything, ARGS="--op rms_norm" one op.
+# A quarter of an hour or a little more on a quiet machine. ARGS="--full" measures everything, ARGS="--op rms_norm" one op.
 bench: venv
 	$(BIN)/kimi-ops bench --out build/bench $(ARGS)
 
