@@ -220,3 +220,11 @@ def test_modelled_and_measured_rows_are_found_by_size(norm):
     assert (row["measured_us"], row["measured_by"]) == (3.0, "kimi-ops cpu, 2 threads")
     assert total["measured_us"] == 3.0
     assert total["source"] == f"1 of {len(rows)} rows modelled"
+
+
+def test_several_ops_in_processes_are_those_one_by_one():
+    names, options = ["moe_sort", "silu_mul"], {"devices": ["A100"], "backends": ["triton"]}
+    together = list(modelled.modelled_rows(names, **options))
+    alone = [row for name in names for row in modelled.modelled_rows([name], **options)]
+    assert [row["op"] for row in together] == names
+    assert together == alone
