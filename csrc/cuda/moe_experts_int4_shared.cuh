@@ -21,7 +21,7 @@ struct Dense {
   const T* w_gmem[SIDES];  // this lane's columns of its two rows
   const T* x_gmem[NT];     // and of its tokens
 
-  // Steps of GROUP columns: weights of both rows, and x of every token from `at` on.
+  // GROUP columns: weights of both rows times x of every token, from `at` on where it is inside.
   __device__ __forceinline__ void step(const uint4& r, const uint4& s, int at, bool inside) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void dense_product(Sums sums_smem, const DenseWeights
     for (int n = 0; n < Dense<T>::NT; ++n) dense.x_gmem[n] += split * COLUMNS;
   }
   // What is left of K, step by step: the parts take turns.
-  const int back = chunk * COLUMNS + offset;  // from a lane's columns of chunk `chunk` to the row
+  const int back = chunk * COLUMNS + offset;  // to the start of a row, from where pointers are now
 #pragma unroll 1
   for (int k = chunks * COLUMNS + part * GROUP + offset; k - offset < w.columns;
        k += split * GROUP) {

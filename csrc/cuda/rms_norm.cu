@@ -7,7 +7,7 @@
 //
 // A thread holds its first HELD vectors in registers, so that rows of up to HELD * 32 * WARPS
 // vectors are read once; the rest of a longer row is read again, from L2. So it holds the weight,
-// whose way from memory would else come after that of x: twice the time of a single row. Bytes: x
+// whose way from memory would else come after that of x, which counts where rows are few. Bytes: x
 // once, y once, the weight from L2 after the first block. Bound by memory everywhere. Numerics:
 // squares and sum in float32 (double for float32 rows), rounded to the dtype of x before the
 // weight, as the model has it, and once more after.
