@@ -8,10 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 from command_calls import ROOT
 
 from kimi_ops.model.conversation import PromptBuilder
 from kimi_ops.model.kimi import KimiK25
+from kimi_ops.train.muon import Muon
 
 SHORT = [
     "--warmup",
@@ -80,8 +83,40 @@ def test_a_run_in_pieces_has_the_same_bits(whole, tmp_path):
         assert a | {"seconds": 0} == b | {"seconds": 0}
 
 
+def moved(rank: int, world: int, folder: str) -> None:
+    """Steps of Muon by shares, and alone: the same bits of matrices and of momentum."""
+    sys.path.insert(0, str(ROOT / "examples/train_tiny"))
+    from shares import SharedMuon
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/m", rank=rank, world_size=world)
+    matrices: list[list[torch.nn.Parameter]] = [[], []]
+    for mine in matrices:
+        torch.manual_seed(0)
+        mine += [torch.nn.Parameter(torch.randn(s)) for s in ((12, 8), (3, 6, 10), (4, 4), (8, 30))]
+    shared, alone = (Muon(mine, lr=0.1, nesterov=True) for mine in matrices)
+    steps = SharedMuon(shared)
+    assert 0 < len(steps.mine) < 4
+    for _ in range(3):
+        for a, b in zip(*matrices, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        steps.step()
+        alone.step()
+    steps.share_state()
+    for a, b in zip(*matrices, strict=True):
+        assert a.grad is not None
+        assert torch.equal(a, b)
+        states = shared.state[a], alone.state[b]
+        assert torch.equal(*(state["momentum_buffer"] for state in states))
+    dist.destroy_process_group()
+
+
+def test_muon_by_shares_is_muon(tmp_path):
+    torch.multiprocessing.spawn(moved, (2, str(tmp_path)), nprocs=2)
+
+
 def test_a_damaged_state_and_another_recipe_are_refused(whole, tmp_path):
-    error = train(whole, "--lr", "0.001", code=1)
+    error = train(whole, "--lr", "0.001", "--processes", "1", code=1)
     assert "train: " in error
     assert "of another recipe" in error
     states = tmp_path / "states"
@@ -90,13 +125,13 @@ def test_a_damaged_state_and_another_recipe_are_refused(whole, tmp_path):
         content = bytearray(state.read_bytes())
         content[len(content) // 2] ^= 1
         (states / state.name).write_bytes(content)
-    error = train(tmp_path, code=1)
+    error = train(tmp_path, "--processes", "1", code=1)
     assert "step-000000004.state" in error
     assert "move it away to go on from step-000000003.state" in error
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    error = train(tmp_path, "--lr", "1e30", code=1)
+    error = train(tmp_path, "--lr", "1e30", "--processes", "1", code=1)
     assert "step " in error
     assert "step-00000000" in error  # the last good state
     assert list((tmp_path / "states").iterdir())
